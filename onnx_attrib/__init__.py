@@ -1,0 +1,23 @@
+"""onnx-attrib: compile an ONNX model into a graph that also explains its outputs."""
+
+from onnx_attrib.compiler import compile
+from onnx_attrib.errors import (
+    CompileError,
+    ModelError,
+    Offence,
+    OptionError,
+    RuntimeMissingError,
+    UnsupportedOpError,
+)
+from onnx_attrib.version import VERSION as __version__
+
+__all__ = [
+    "CompileError",
+    "ModelError",
+    "Offence",
+    "OptionError",
+    "RuntimeMissingError",
+    "UnsupportedOpError",
+    "__version__",
+    "compile",
+]

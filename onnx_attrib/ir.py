@@ -1,0 +1,611 @@
+"""The graph being compiled: a thin layer over onnx-graphsurgeon.
+
+Operators are emitted by their ONNX names (``graph.op.Mul(a, b)``); every tensor knows its dtype
+and, as far as it can be told, its shape. The layer also carries what graphsurgeon cannot:
+metadata, documentation strings, attributes of types it drops, and subgraphs, which stay
+protobufs here and are never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+OPSET = 21
+"""Emitted opset: the newest that has CUDA kernels for MaxPool, Elu and their like."""
+IR_VERSION = 10
+"""Emitted IR version, the one that belongs to opset 21."""
+
+Tensor = gs.Tensor
+Node = gs.Node
+Dim = int | str | None
+Shape = tuple[Dim, ...]
+
+# Attribute types that survive a trip through graphsurgeon unharmed.
+_PLAIN_ATTRIBUTES = {
+    AttributeProto.FLOAT: "f",
+    AttributeProto.INT: "i",
+    AttributeProto.STRING: "s",
+    AttributeProto.TENSOR: "t",
+    AttributeProto.FLOATS: "floats",
+    AttributeProto.INTS: "ints",
+    AttributeProto.STRINGS: "strings",
+}
+_SMALL = 4096
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether ``dtype`` is one that can carry a derivative (float16/32/64, bfloat16)."""
+    return dtype is not None and (np.dtype(dtype).kind == "f" or np.dtype(dtype).name == "bfloat16")
+
+
+def static(shape: Shape | None) -> tuple[int, ...] | None:
+    """The shape as integers, or None if a dimension (or the rank) is unknown."""
+    if shape is None or not all(isinstance(dim, int) for dim in shape):
+        return None
+    return tuple(dim for dim in shape if isinstance(dim, int))
+
+
+def captured_names(graph: GraphProto) -> list[str]:
+    """Names that a subgraph uses from outside itself, in order of first use."""
+    local = {t.name for t in graph.input} | {t.name for t in graph.initializer}
+    local |= {t.values.name for t in graph.sparse_initializer}
+    used: dict[str, None] = {}
+    for node in graph.node:
+        for name in node.input:
+            if name and name not in local:
+                used[name] = None
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                used.update((name, None) for name in captured_names(inner) if name not in local)
+        local.update(node.output)
+    used.update((t.name, None) for t in graph.output if t.name not in local)
+    return list(used)
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs a node holds in its attributes (If, Loop, Scan)."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _rename_captures(graph: GraphProto, names: Mapping[str, str]) -> None:
+    local = {t.name for t in graph.input} | {t.name for t in graph.initializer}
+    local |= {output for node in graph.node for output in node.output}
+    names = {old: new for old, new in names.items() if old not in local}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
+        for inner in subgraphs(node):
+            _rename_captures(inner, names)
+    for output in graph.output:
+        output.name = names.get(output.name, output.name)
+
+
+def _holds_only_plain(node: NodeProto) -> bool:
+    if node.doc_string or node.metadata_props or node.overload:
+        return False
+    return all(_is_plain(attribute) for attribute in node.attribute)
+
+
+def _is_plain(attribute: AttributeProto) -> bool:
+    field = _PLAIN_ATTRIBUTES.get(attribute.type)
+    if field is None or attribute.ref_attr_name:
+        return False
+    value = getattr(attribute, field)
+    if field in ("floats", "ints", "strings") and not len(value):
+        return False
+    if field in ("s", "strings"):
+        try:
+            _ = [item.decode() for item in ([value] if field == "s" else value)]
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+class Values:
+    """The model's tensors evaluated at one point.
+
+    Tensors that do not depend on the point stand for themselves.
+    """
+
+    def __init__(self, mapping: Mapping[str, Tensor] | None = None) -> None:
+        self.mapping = dict(mapping or {})
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.mapping.get(tensor.name, tensor)
+
+
+class Emitter:
+    """Emits operators by their ONNX names: ``op.Mul(a, b)``, ``op.Split(x, outputs=2)``.
+
+    Operands may be tensors, numpy arrays, None (an optional input left out), lists of integers
+    (int64 constants) or Python numbers, which take the dtype of the first operand that is a number (a float, for a float).
+    One output is returned as a tensor, several as a tuple. Attributes that are None are left out.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+        return partial(self._graph.emit, op_type)
+
+
+class Graph:
+    """A model at opset 21, open for surgery.
+
+    ``model`` must be normalized: opset 21, no local functions, constants as initializers, and
+    types and shapes inferred into ``value_info``. It is taken over, not copied.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        self._header = ModelProto()
+        for field, value in model.ListFields():
+            if field.name == "metadata_props":
+                self._header.metadata_props.extend(value)
+            elif field.name in ("producer_name", "producer_version", "domain", "doc_string"):
+                setattr(self._header, field.name, value)
+            elif field.name == "model_version":
+                self._header.model_version = value
+        self._graph_metadata = list(model.graph.metadata_props)
+        self._protos: dict[int, NodeProto] = {}
+        self._captures: dict[int, list[Tensor]] = {}
+
+        kept = [self._set_aside(node) for node in model.graph.node]
+        self.gs = gs.import_onnx(model)
+        for tensor in self.gs.tensors().values():
+            if isinstance(tensor.dtype, int):
+                # graphsurgeon leaves types that plain numpy lacks as enumeration values.
+                tensor_dtype = helper.tensor_dtype_to_np_dtype(tensor.dtype)
+                if not isinstance(tensor, gs.Constant):
+                    tensor.dtype = tensor_dtype
+        self._tensors: dict[str, Tensor] = dict(self.gs.tensors())
+        for node, proto in zip(self.gs.nodes, kept, strict=True):
+            if proto is not None:
+                self._protos[id(node)] = proto
+                names = [name for inner in subgraphs(proto) for name in captured_names(inner)]
+                if names:
+                    self._captures[id(node)] = [self._tensor(name) for name in names]
+        self._names = set(self._tensors) | {node.name for node in self.gs.nodes}
+        self._names |= {name for proto in kept if proto for name in _inner_names(proto)}
+        self._counters: dict[str, int] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], Tensor] = {}
+        self._sink: list[Node] = self.gs.nodes
+        self.op = Emitter(self)
+
+    @staticmethod
+    def _set_aside(node: NodeProto) -> NodeProto | None:
+        """Keep a node's protobuf where graphsurgeon would lose or choke on part of it."""
+        if _holds_only_plain(node):
+            return None
+        kept = NodeProto()
+        kept.CopyFrom(node)
+        plain = [attribute for attribute in kept.attribute if _is_plain(attribute)]
+        del node.attribute[:]
+        node.attribute.extend(plain)
+        return kept
+
+    # -- reading -----------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[Node]:
+        return self.gs.nodes  # type: ignore[no-any-return]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return self.gs.inputs  # type: ignore[no-any-return]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return self.gs.outputs  # type: ignore[no-any-return]
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = gs.Variable(name)
+        return self._tensors[name]
+
+    def find(self, name: str) -> Tensor | None:
+        """The tensor of that name, or None."""
+        return self._tensors.get(name)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every named tensor of the graph."""
+        return self._tensors
+
+    def uses(self, node: Node) -> list[Tensor]:
+        """What a node reads: its inputs, then what its subgraphs capture."""
+        present = [tensor for tensor in node.inputs if tensor.name]
+        return present + self._captures.get(id(node), [])
+
+    def proto(self, node: Node) -> NodeProto:
+        """The node as ONNX writes it, with everything graphsurgeon set aside restored."""
+        return self._restore(OnnxExporter.export_node(node), node)
+
+    def attr(self, node: Node, name: str) -> Any:
+        """An attribute's value, or the operator's default for it, or None."""
+        if name in node.attrs:
+            value = node.attrs[name]
+            return value.values if isinstance(value, gs.Constant) else value
+        kept = self._protos.get(id(node))
+        for attribute in kept.attribute if kept else ():
+            if attribute.name == name:
+                return helper.get_attribute_value(attribute)
+        schema = onnx.defs.get_schema(node.op, OPSET, node.domain or "")
+        declared = schema.attributes.get(name)
+        if declared is None or not declared.default_value.name:
+            return None
+        value = helper.get_attribute_value(declared.default_value)
+        return value.decode() if isinstance(value, bytes) else value
+
+    @staticmethod
+    def dtype(tensor: Tensor) -> np.dtype[Any]:
+        return np.dtype(tensor.dtype)
+
+    @staticmethod
+    def shape(tensor: Tensor) -> Shape | None:
+        return None if tensor.shape is None else tuple(tensor.shape)
+
+    def value(self, tensor: Tensor | None) -> np.ndarray | None:
+        """A constant's value; None for anything computed at run time (or absent)."""
+        if isinstance(tensor, gs.Constant):
+            return np.asarray(tensor.values)
+        return None
+
+    # -- emitting ----------------------------------------------------------------------------
+
+    def fresh(self, stem: str) -> str:
+        """A name that nothing else in the model has, nor any of its subgraphs."""
+        count = self._counters.get(stem, 0)
+        name = stem if count == 0 else f"{stem}_{count}"
+        while name in self._names:
+            count += 1
+            name = f"{stem}_{count}"
+        self._counters[stem] = count + 1
+        self._names.add(name)
+        return name
+
+    def constant(self, value: Any, dtype: Any = None) -> Tensor:
+        """A constant tensor; equal small ones are shared."""
+        array = np.asarray(value, dtype=dtype)
+        if array.size > _SMALL:
+            return self._new_constant(array)
+        key = (array.dtype.name, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self._new_constant(array)
+        return self._constants[key]
+
+    def _new_constant(self, array: np.ndarray) -> Tensor:
+        tensor = gs.Constant(self.fresh("attrib/constant"), np.ascontiguousarray(array).copy())
+        # ascontiguousarray promotes rank 0 to rank 1.
+        tensor.values = tensor.values.reshape(array.shape)
+        self._tensors[tensor.name] = tensor
+        return tensor
+
+    def variable(self, name: str, dtype: Any, shape: Shape | None) -> Tensor:
+        """A new tensor without a producer (a graph or subgraph input)."""
+        tensor = gs.Variable(name, np.dtype(dtype), None if shape is None else list(shape))
+        self._names.add(name)
+        self._tensors[name] = tensor
+        return tensor
+
+    def emit(
+        self, op_type: str, *operands: Any, outputs: int = 1, stem: str = "", **attrs: Any
+    ) -> Any:
+        """Append a node; see :class:`Emitter`. Shapes and types come from ONNX's inference."""
+        inputs = self._operands(operands)
+        attrs = {k: self._attribute(v) for k, v in attrs.items() if v is not None}
+        label = stem or f"attrib/{op_type}"
+        names = [self.fresh(label) for _ in range(outputs)]
+        results = [gs.Variable(name) for name in names]
+        node = gs.Node(op_type, self.fresh(f"{label}.node"), attrs, inputs, results)
+        for key, value in list(node.attrs.items()):
+            if isinstance(value, GraphProto):
+                self._attach_subgraph(node, key, value)
+        self.infer(node)
+        for tensor in results:
+            self._tensors[tensor.name] = tensor
+        self._sink.append(node)
+        return results[0] if outputs == 1 else tuple(results)
+
+    def _attach_subgraph(self, node: Node, key: str, body: GraphProto) -> None:
+        del node.attrs[key]
+        kept = self._protos.setdefault(id(node), NodeProto())
+        if not kept.attribute:
+            kept.CopyFrom(OnnxExporter.export_node(node))
+        kept.attribute.append(helper.make_attribute(key, body))
+        captures = self._captures.setdefault(id(node), [])
+        captures.extend(self._tensors[name] for name in captured_names(body))
+
+    @staticmethod
+    def _attribute(value: Any) -> Any:
+        if isinstance(value, np.dtype):
+            return helper.np_dtype_to_tensor_dtype(value)
+        if isinstance(value, np.ndarray):
+            return gs.Constant("", value)
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, list | tuple):
+            return [item.item() if isinstance(item, np.generic) else item for item in value]
+        return value
+
+    def _operands(self, operands: Sequence[Any]) -> list[Tensor]:
+        dtypes = [np.dtype(x.dtype) for x in operands if isinstance(x, gs.Tensor) and x.dtype]
+        # A condition does not lend its type, and an index not to a fraction.
+        numbers = next((d for d in dtypes if d != np.bool_), None)
+        floats = next((d for d in dtypes if is_float(d)), None)
+        result = []
+        for operand in operands:
+            if operand is None:
+                result.append(gs.Variable.empty())
+            elif isinstance(operand, gs.Tensor):
+                result.append(operand)
+            elif isinstance(operand, np.ndarray | np.generic):
+                result.append(self.constant(operand))
+            elif isinstance(operand, list | tuple):
+                result.append(self.constant(operand, np.int64))
+            else:
+                dtype = floats if isinstance(operand, float) else numbers
+                if dtype is None:
+                    raise TypeError("a Python number needs a tensor beside it to take its dtype")
+                result.append(self.constant(operand, dtype))
+        while result and not result[-1].name:
+            result.pop()
+        return result
+
+    def infer(self, node: Node) -> None:
+        """Set dtype and shape of a node's outputs by the operator's own inference function."""
+        schema = onnx.defs.get_schema(node.op, OPSET, node.domain or "")
+        types = {t.name: _type_proto(t) for t in node.inputs if t.name and t.dtype is not None}
+        data = {
+            t.name: onnx.numpy_helper.from_array(np.asarray(t.values), t.name)
+            for t in node.inputs
+            if isinstance(t, gs.Constant) and np.prod(t.shape) <= 64
+        }
+        kept = self._protos.get(id(node))
+        if kept is not None and any(True for _ in subgraphs(kept)):
+            return
+        inferred = onnx.shape_inference.infer_node_outputs(
+            schema,
+            self.proto(node),
+            types,
+            data,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+        )
+        for tensor in node.outputs:
+            if tensor.name in inferred:
+                tensor_type = inferred[tensor.name].tensor_type
+                tensor.dtype = helper.tensor_dtype_to_np_dtype(tensor_type.elem_type)
+                if tensor_type.HasField("shape"):
+                    tensor.shape = [_dim(dim) for dim in tensor_type.shape.dim]
+
+    @contextmanager
+    def collect(self) -> Iterator[list[Node]]:
+        """Emit into a list of its own instead of the graph: the body of a subgraph."""
+        outer, inner = self._sink, []
+        self._sink = inner
+        try:
+            yield inner
+        finally:
+            self._sink = outer
+
+    @contextmanager
+    def record(self) -> Iterator[list[Node]]:
+        """Emit as usual, and also list the nodes emitted meanwhile."""
+        start, recorded = len(self._sink), list[Node]()
+        yield recorded
+        recorded.extend(self._sink[start:])
+
+    def replicate(
+        self,
+        nodes: Iterable[Node],
+        substitution: Mapping[str, Tensor],
+        dims: Mapping[str, Dim] | None = None,
+    ) -> Values:
+        """Evaluate ``nodes`` (in topological order) again with some tensors substituted.
+
+        Only nodes that depend on a substituted tensor are copied. ``dims`` renames symbolic
+        dimensions: the copies' shapes are the originals' with these replaced.
+        """
+        mapping = dict(substitution)
+        for node in nodes:
+            if not any(tensor.name in mapping for tensor in self.uses(node)):
+                continue
+            fixed = [t for t in node.outputs if t.name in substitution]
+            copy = gs.Node(
+                node.op,
+                self.fresh(f"{node.name or node.op}/copy"),
+                dict(node.attrs),
+                [mapping.get(t.name, t) for t in node.inputs],
+                [self._copy_tensor(t, dims or {}) for t in node.outputs],
+                node.domain,
+            )
+            self._copy_extras(node, copy, mapping)
+            for original, replica in zip(node.outputs, copy.outputs, strict=True):
+                if original.name and original.name not in substitution:
+                    mapping[original.name] = replica
+            if len(fixed) < len(node.outputs):
+                self._sink.append(copy)
+        return Values(mapping)
+
+    def _copy_tensor(self, tensor: Tensor, dims: Mapping[str, Dim]) -> Tensor:
+        if not tensor.name:
+            return gs.Variable.empty()
+        shape = self.shape(tensor)
+        if shape is not None:
+            shape = tuple(dims.get(dim, dim) if isinstance(dim, str) else dim for dim in shape)
+        name = self.fresh(f"{tensor.name}/copy")
+        replica = gs.Variable(name, tensor.dtype, None if shape is None else list(shape))
+        self._tensors[name] = replica
+        return replica
+
+    def _copy_extras(self, node: Node, copy: Node, mapping: Mapping[str, Tensor]) -> None:
+        kept = self._protos.get(id(node))
+        if kept is None:
+            return
+        captures = self._captures.get(id(node), [])
+        renamed = {t.name: mapping[t.name].name for t in captures if t.name in mapping}
+        if renamed:
+            original, kept = kept, NodeProto()
+            kept.CopyFrom(original)
+            for inner in subgraphs(kept):
+                _rename_captures(inner, renamed)
+        self._protos[id(copy)] = kept
+        if captures:
+            self._captures[id(copy)] = [mapping.get(t.name, t) for t in captures]
+
+    def rewire(self, node: Node, renamed: Mapping[str, Tensor]) -> None:
+        """Let ``node`` read other tensors in place of those named."""
+        if not any(tensor.name in renamed for tensor in self.uses(node)):
+            return
+        node.inputs = [renamed.get(t.name, t) for t in node.inputs]
+        captures = self._captures.get(id(node))
+        if captures:
+            self._copy_extras(node, node, renamed)
+
+    def give_output(self, node: Node, index: int, tensor: Tensor) -> None:
+        """Make ``tensor`` the output ``index`` of ``node``, which has none there yet."""
+        outputs = list(node.outputs)
+        outputs += [gs.Variable.empty() for _ in range(index + 1 - len(outputs))]
+        outputs[index] = tensor
+        node.outputs = outputs
+
+    # -- order, dead code, export --------------------------------------------------------------
+
+    def sort(self) -> None:
+        """Order the nodes topologically (iteratively; stable for an already sorted graph)."""
+        self.nodes[:] = self.sorted(self.nodes)
+
+    def sorted(self, nodes: Sequence[Node]) -> list[Node]:
+        """``nodes`` in topological order; ties keep their order."""
+        producer = {t.name: i for i, node in enumerate(nodes) for t in node.outputs if t.name}
+        needs = [
+            sorted({producer[t.name] for t in self.uses(node) if t.name in producer})
+            for node in nodes
+        ]
+        state, order = [0] * len(nodes), list[Node]()
+        for start in range(len(nodes)):
+            stack = [start]
+            while stack:
+                i = stack[-1]
+                if state[i] == 0:
+                    state[i] = 1
+                    stack.extend(j for j in reversed(needs[i]) if state[j] == 0)
+                else:
+                    stack.pop()
+                    if state[i] == 1:
+                        state[i] = 2
+                        order.append(nodes[i])
+        return order
+
+    def prune(self, nodes: Sequence[Node], outputs: Iterable[Tensor]) -> list[Node]:
+        """``nodes`` (sorted) without those that no output needs."""
+        needed = {tensor.name for tensor in outputs}
+        kept = []
+        for node in reversed(nodes):
+            if any(tensor.name in needed for tensor in node.outputs if tensor.name):
+                needed.update(tensor.name for tensor in self.uses(node))
+                kept.append(node)
+        return kept[::-1]
+
+    def subgraph(
+        self, name: str, nodes: Sequence[Node], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> GraphProto:
+        """Seal ``nodes`` as a subgraph; constants and outer tensors are captured by name."""
+        live = self.prune(self.sorted(nodes), outputs)
+        return helper.make_graph(
+            [self.proto(node) for node in live],
+            name,
+            [OnnxExporter.export_value_info_proto(tensor, True) for tensor in inputs],
+            [OnnxExporter.export_value_info_proto(tensor, True) for tensor in outputs],
+        )
+
+    def to_proto(self) -> ModelProto:
+        """The model as ONNX: opset 21, IR 10, metadata restored."""
+        self.gs.opset = OPSET
+        self.gs.ir_version = IR_VERSION
+        self.gs.import_domains = None
+        model = gs.export_onnx(self.gs, do_type_check=False)
+        for exported, node in zip(model.graph.node, self.nodes, strict=True):
+            self._restore(exported, node)
+        present = {t.name for t in model.graph.initializer}
+        for captured in self._captures.values():
+            for tensor in captured:
+                if isinstance(tensor, gs.Constant) and tensor.name not in present:
+                    present.add(tensor.name)
+                    model.graph.initializer.append(OnnxExporter.export_tensor_proto(tensor))
+        del model.graph.value_info[:]
+        model.graph.metadata_props.extend(self._graph_metadata)
+        model.MergeFrom(self._header)
+        return model
+
+    def set_metadata(self, entries: Mapping[str, str]) -> None:
+        """Add (or replace) entries of the model's metadata_props."""
+        kept = [prop for prop in self._header.metadata_props if prop.key not in entries]
+        del self._header.metadata_props[:]
+        self._header.metadata_props.extend(kept)
+        for key, value in entries.items():
+            self._header.metadata_props.add(key=key, value=value)
+
+    def _restore(self, exported: NodeProto, node: Node) -> NodeProto:
+        kept = self._protos.get(id(node))
+        if kept is not None:
+            del exported.attribute[:]
+            exported.attribute.extend(kept.attribute)
+            exported.doc_string = kept.doc_string
+            exported.overload = kept.overload
+            exported.metadata_props.extend(kept.metadata_props)
+        return exported
+
+
+def _inner_names(node: NodeProto) -> Iterator[str]:
+    for graph in subgraphs(node):
+        yield from (t.name for t in graph.input)
+        yield from (t.name for t in graph.initializer)
+        for inner in graph.node:
+            yield inner.name
+            yield from inner.output
+            yield from _inner_names(inner)
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    return str(dim.dim_param) if dim.dim_param else None
+
+
+def _type_proto(tensor: Tensor) -> TypeProto:
+    elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    shape = None if tensor.shape is None else list(tensor.shape)
+    if getattr(tensor, "type", "tensor_type") == "sequence_type":
+        return helper.make_sequence_type_proto(helper.make_tensor_type_proto(elem_type, shape))
+    return helper.make_tensor_type_proto(elem_type, shape)
+
+
+__all__ = [
+    "IR_VERSION",
+    "OPSET",
+    "Dim",
+    "Emitter",
+    "Graph",
+    "Node",
+    "Shape",
+    "Tensor",
+    "TensorProto",
+    "Values",
+    "captured_names",
+    "is_float",
+    "static",
+    "subgraphs",
+]

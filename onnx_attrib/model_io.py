@@ -1,0 +1,95 @@
+"""Reading and writing model files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto
+
+from onnx_attrib.errors import ModelError
+
+PROTOBUF_LIMIT = 2**31 - 1
+"""A protobuf message cannot be written past 2 GiB; weights then go beside the file."""
+_MARGIN = 2**24
+
+Source = str | os.PathLike[str] | bytes | ModelProto
+
+
+def load(source: Source) -> tuple[ModelProto, str]:
+    """The model, with external data in memory, and the SHA-256 of its source.
+
+    ``source``: a path, the bytes of a file, or a ModelProto (which is copied, not changed).
+    Raises ModelError if it is missing, truncated or not an ONNX model.
+    """
+    if isinstance(source, ModelProto):
+        model = ModelProto()
+        model.CopyFrom(source)
+        return model, _digest_of_model(model)
+    if isinstance(source, bytes):
+        return _parse(source, "the given bytes"), hashlib.sha256(source).hexdigest()
+    path = Path(source)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read '{path}': {error.strerror or error}") from None
+    model = _parse(data, f"'{path}'")
+    digest = hashlib.sha256(data).hexdigest()
+    del data
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:  # onnx raises several kinds for missing or short data files
+        raise ModelError(f"cannot read the external data of '{path}': {_line(error)}") from None
+    return model, digest
+
+
+def _parse(data: bytes, name: str) -> ModelProto:
+    model = ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError:
+        raise ModelError(f"{name} is not an ONNX model, or it is truncated") from None
+    if not model.HasField("graph") or not model.opset_import:
+        raise ModelError(f"{name} is not an ONNX model: it holds no graph or no opset")
+    return model
+
+
+def _digest_of_model(model: ModelProto) -> str:
+    if model.ByteSize() < PROTOBUF_LIMIT:
+        return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    digest = hashlib.sha256()
+    for part in (*model.graph.node, *model.graph.initializer):
+        digest.update(part.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def save(model: ModelProto, path: str | os.PathLike[str]) -> list[Path]:
+    """Write a model so that either the whole file appears or nothing changes.
+
+    Past 2 GiB the weights go to ``<path>.data``. Returns the files written.
+    Raises ModelError if the place cannot be written.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            temporary, names = Path(folder) / path.name, [path.name]
+            if model.ByteSize() + _MARGIN < PROTOBUF_LIMIT:
+                temporary.write_bytes(model.SerializeToString())
+            else:
+                names.insert(0, f"{path.name}.data")
+                onnx.save_model(
+                    model, str(temporary), save_as_external_data=True, location=names[0]
+                )
+            for name in names:
+                os.replace(Path(folder) / name, path.parent / name)
+            return [path.parent / name for name in names]
+    except OSError as error:
+        raise ModelError(f"cannot write '{path}': {error.strerror or error}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,272 @@
+"""Operator classes and the rule table.
+
+A rule is one row: an operator, its class (a subclass of :class:`Rule`) and the few functions that
+class needs. Methods (``onnx_attrib.methods``) say what happens to a class, never to an operator.
+
+All functions take a :class:`Site`: one node at the point being explained, with its input and
+output values there, the incoming cotangents, and the same node at the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from onnx_attrib.ir import Emitter, Graph, Node, Shape, Tensor, static
+
+
+@dataclass(frozen=True)
+class Site:
+    """One node under differentiation.
+
+    ``inputs`` and ``outputs`` hold the tensors' values at the point (None where optional and
+    absent), ``cotangents`` one multiplier per output (None where nothing flows back),
+    ``active`` the indices of the inputs that carry attribution. ``reference`` is the same site
+    at the baseline, for methods that have one. The reference's batch axis may be 1.
+    """
+
+    graph: Graph
+    node: Node
+    inputs: Sequence[Tensor | None]
+    outputs: Sequence[Tensor]
+    cotangents: Sequence[Tensor | None]
+    active: tuple[int, ...]
+    reference: Site | None = None
+
+    @property
+    def op(self) -> Emitter:
+        return self.graph.op
+
+    @property
+    def m(self) -> Tensor:
+        """The cotangent of the first output."""
+        if self.cotangents[0] is None:
+            raise LookupError(f"{self.node.op} '{self.node.name}': no cotangent at output 0")
+        return self.cotangents[0]
+
+    @property
+    def y(self) -> Tensor:
+        return self.outputs[0]
+
+    def x(self, i: int = 0) -> Tensor:
+        """The value of input ``i``, which must be present."""
+        tensor = self.inputs[i] if i < len(self.inputs) else None
+        if tensor is None:
+            raise LookupError(f"{self.node.op} '{self.node.name}' has no input {i}")
+        return tensor
+
+    def optional(self, i: int) -> Tensor | None:
+        return self.inputs[i] if i < len(self.inputs) else None
+
+    def attr(self, name: str) -> Any:
+        return self.graph.attr(self.node, name)
+
+    def shape(self, tensor: Tensor) -> Shape | None:
+        return self.graph.shape(tensor)
+
+    def rank(self, tensor: Tensor) -> int:
+        shape = self.graph.shape(tensor)
+        if shape is None:
+            raise Unsupported(f"the rank of '{tensor.name}' is unknown")
+        return len(shape)
+
+    def value(self, i: int) -> np.ndarray | None:
+        """The value of input ``i`` if it is a constant."""
+        return self.graph.value(self.optional(i))
+
+    def at(self, inputs: Sequence[Tensor | None]) -> Site:
+        """The same node with other input values."""
+        return replace(self, inputs=tuple(inputs))
+
+    def at_midpoint(self) -> Site:
+        """The same node with every input halfway between its value and its reference."""
+        if self.reference is None:
+            raise LookupError("the method has no reference")
+        return self.at(
+            [
+                x if x is None or r is None or x.name == r.name else self.midpoint(x, r)
+                for x, r in zip(self.inputs, self.reference.inputs, strict=True)
+            ]
+        )
+
+    def midpoint(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.op.Mul(self.op.Add(a, b), 0.5)
+
+    # -- shapes: constants where known, run-time arithmetic where not ------------------------
+
+    def shape_of(self, tensor: Tensor) -> Tensor:
+        """The shape of ``tensor`` as an int64 tensor."""
+        known = static(self.graph.shape(tensor))
+        return self.op.Shape(tensor) if known is None else self.graph.constant(known, np.int64)
+
+    def reshape(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """``tensor`` in the shape of ``like`` (same number of elements)."""
+        return self.shaped(self.op.Reshape(tensor, self.shape_of(like)), like)
+
+    def shaped(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """State that ``tensor`` has the shape of ``like``, where inference cannot tell."""
+        shape = self.graph.shape(like)
+        if shape is not None and not isinstance(static(self.graph.shape(tensor)), tuple):
+            tensor.shape = list(shape)
+        return tensor
+
+    def zeros_like(self, tensor: Tensor) -> Tensor:
+        """Zeros of the shape and dtype of ``tensor``."""
+        zero = np.zeros(1, self.graph.dtype(tensor))
+        return self.shaped(self.op.ConstantOfShape(self.shape_of(tensor), value=zero), tensor)
+
+
+class Unsupported(Exception):
+    """Raised by a rule for a configuration it cannot handle; the message says which."""
+
+
+Pull = Callable[[Site, int], Tensor]
+"""``pull(site, i)``: the cotangent of input ``i``, given those of the outputs."""
+
+
+def _any(active: tuple[int, ...]) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What every class has.
+
+    ``covers`` decides from the active inputs whether the row applies: the first that does wins.
+    ``broadcasts``: operands are broadcast, so the driver sums cotangents back to the operand's
+    shape. ``lazy``: accepts a cotangent that still has to be broadcast to the output's shape.
+    ``blocked``: inputs through which no derivative flows (indices, conditions, shapes).
+    """
+
+    op: str
+    domain: str = ""
+    covers: Callable[[tuple[int, ...]], bool] = _any
+    broadcasts: bool = False
+    lazy: bool = False
+    blocked: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Rule):
+    """Affine in its active inputs together: ``pull`` is the transposed map."""
+
+    pull: Pull
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bilinear(Rule):
+    """Linear in each active input while the others are held: products and their like.
+
+    ``pull(site, i)`` reads the other operands from ``site.inputs``; with these at the midpoint
+    of value and reference, a product of two conserves differences exactly.
+    """
+
+    pull: Pull
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise(Rule):
+    """y = f(z), element by element, in one active input ``z`` (``operand``).
+
+    ``derivative(site)`` is f'(z), or a Boolean mask of where it is one (zero elsewhere), which
+    costs one operator less and keeps NaN and infinities out. ``secant(site)`` is
+    (f(z) − f(z̄)) / (z − z̄) where a closed form is better than the quotient, or None where this
+    node has none. ``piecewise``: f is piecewise linear, so the quotient needs no smoothing near z = z̄. ``relu_like``: guided
+    backprop and deconvnet change this operator.
+    """
+
+    derivative: Callable[[Site], Tensor]
+    secant: Callable[[Site], Tensor | None] | None = None
+    operand: int = 0
+    piecewise: bool = False
+    relu_like: bool = False
+    lazy: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxLike(Rule):
+    """Picks one of several entries: a maximum (``sense`` 1) or a minimum (−1).
+
+    ``winner(site)`` is the position of the picked entry for each output entry (the first on
+    ties), ``take(site, values, position)`` reads at positions from tensors shaped like the
+    inputs (None: zero), and ``put(site, values, position)`` is its transpose: a cotangent for
+    each active input. Positions count within a sample, so those of a reference of batch 1 serve
+    every sample.
+    """
+
+    winner: Callable[[Site], Tensor]
+    take: Callable[[Site, Sequence[Tensor | None], Tensor], Tensor]
+    put: Callable[[Site, Tensor, Tensor], dict[int, Tensor]]
+    sense: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite(Rule):
+    """Defined by other operators: ``decompose(site)`` emits the definition at ``site.inputs``.
+
+    It returns one tensor per output (None for one that nothing can flow back from). ``pull`` is
+    a fused gradient, where there is one.
+    """
+
+    decompose: Callable[[Site], Sequence[Tensor | None]]
+    pull: Pull | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Barrier(Rule):
+    """No derivative flows: integers, comparisons, shapes, rounding."""
+
+
+_TABLE: dict[tuple[str, str], list[Rule]] = {}
+
+
+def add(rule: Rule) -> None:
+    """Enter a row. Two unconditional rows for one operator are a mistake."""
+    rows = _TABLE.setdefault((rule.domain, rule.op), [])
+    if any(row.covers is _any for row in rows):
+        raise ValueError(f"operator {rule.op}: a row after one that covers everything")
+    rows.append(rule)
+
+
+def lookup(op: str, domain: str | None, active: tuple[int, ...]) -> Rule | None:
+    """The row for an operator with these active inputs, or None."""
+    for row in _TABLE.get((_domain(domain), op), ()):
+        if row.covers(active):
+            return row
+    return None
+
+
+def known(op: str, domain: str | None) -> bool:
+    """Whether the table has any row for the operator."""
+    return (_domain(domain), op) in _TABLE
+
+
+def blocked(op: str, domain: str | None) -> frozenset[int]:
+    """Inputs through which no derivative flows, whatever is active."""
+    rows = _TABLE.get((_domain(domain), op), ())
+    return rows[0].blocked if rows else frozenset()
+
+
+def is_barrier(op: str, domain: str | None) -> bool:
+    """Whether no derivative flows through the operator at all."""
+    rows = _TABLE.get((_domain(domain), op), ())
+    return bool(rows) and isinstance(rows[0], Barrier)
+
+
+def table() -> Iterator[Rule]:
+    """Every row, operator by operator."""
+    for rows in _TABLE.values():
+        yield from rows
+
+
+def only(*operands: int) -> Callable[[tuple[int, ...]], bool]:
+    """A ``covers`` for rows that apply when all active inputs are among ``operands``."""
+    allowed = set(operands)
+    return lambda active: set(active) <= allowed
+
+
+def _domain(domain: str | None) -> str:
+    return "" if domain in (None, "ai.onnx") else str(domain)

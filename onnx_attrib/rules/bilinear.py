@@ -1,0 +1,118 @@
+"""Products: linear in each operand while the others are held.
+
+``pull`` reads the other operands from ``site.inputs``, so the same row serves the gradient (values
+at x) and differences (values at the midpoint). Sums are here too: they are the linear companions.
+"""
+
+from __future__ import annotations
+
+from onnx_attrib.ir import Tensor
+from onnx_attrib.rules.base import Bilinear, Composite, Linear, Site, add, only
+
+# -- sums ------------------------------------------------------------------------------------------
+
+add(Linear(op="Add", pull=lambda s, i: s.m, broadcasts=True, lazy=True))
+add(Linear(op="Sum", pull=lambda s, i: s.m, broadcasts=True, lazy=True))
+add(
+    Linear(
+        op="Sub",
+        pull=lambda s, i: s.m if i == 0 else s.op.Neg(s.m),
+        broadcasts=True,
+        lazy=True,
+    )
+)
+add(Linear(op="Neg", pull=lambda s, i: s.op.Neg(s.m), lazy=True))
+add(
+    Linear(
+        op="Mean",
+        pull=lambda s, i: s.op.Mul(s.m, 1 / len(s.inputs)),
+        broadcasts=True,
+        lazy=True,
+    )
+)
+
+# -- elementwise products --------------------------------------------------------------------------
+
+add(
+    Bilinear(
+        op="Mul",
+        pull=lambda s, i: s.op.Mul(s.m, s.x(1 - i)),
+        broadcasts=True,
+        lazy=True,
+    )
+)
+
+
+def divide_pull(s: Site, i: int) -> Tensor:
+    """Forward form y = a / b. Backward returns m / b and −m · y / b."""
+    share = s.op.Div(s.m, s.x(1))
+    return share if i == 0 else s.op.Neg(s.op.Mul(share, s.op.Div(s.x(0), s.x(1))))
+
+
+add(
+    Linear(op="Div", pull=divide_pull, covers=only(0), broadcasts=True, lazy=True),
+)
+add(
+    Composite(
+        op="Div",
+        pull=divide_pull,
+        decompose=lambda s: [s.op.Mul(s.x(0), s.op.Reciprocal(s.x(1)))],
+        broadcasts=True,
+    )
+)
+
+# -- matrix products -------------------------------------------------------------------------------
+
+
+def swap_last(s: Site, tensor: Tensor) -> Tensor:
+    """The matrix transpose over the last two axes."""
+    order = list(range(s.rank(tensor)))
+    order[-2:] = order[-1], order[-2]
+    return s.op.Transpose(tensor, perm=order)
+
+
+def matmul_pull(s: Site, i: int) -> Tensor:
+    """Forward form Y[…, n, m] = A[…, n, k] · B[…, k, m], as numpy.matmul.
+
+    Backward returns M · Bᵀ and Aᵀ · M, before broadcast batch axes are summed.
+    """
+    op, m, a, b = s.op, s.m, s.x(0), s.x(1)
+    row_vector, column_vector = s.rank(a) == 1, s.rank(b) == 1
+    if row_vector:
+        a, m = op.Unsqueeze(a, [0]), op.Unsqueeze(m, [-1 if column_vector else -2])
+    if column_vector:
+        b, m = op.Unsqueeze(b, [1]), op.Unsqueeze(m, [-1])
+    share = op.MatMul(m, swap_last(s, b)) if i == 0 else op.MatMul(swap_last(s, a), m)
+    if i == 0 and row_vector:
+        return op.Squeeze(share, [-2])
+    if i == 1 and column_vector:
+        return op.Squeeze(share, [-1])
+    return share  # type: ignore[no-any-return]
+
+
+add(Bilinear(op="MatMul", pull=matmul_pull, broadcasts=True))
+
+
+def gemm_pull(s: Site, i: int) -> Tensor:
+    """Forward form Y = α · A' · B' + β · C, with A' and B' optionally transposed.
+
+    Backward returns α · M · B'ᵀ, α · A'ᵀ · M (transposed back) and β · M.
+    """
+    op, m, alpha, beta = s.op, s.m, s.attr("alpha"), s.attr("beta")
+    if i == 2:
+        return m if beta == 1 else op.Mul(m, beta)
+    a_turned, b_turned = bool(s.attr("transA")), bool(s.attr("transB"))
+    if i == 0:
+        left, right, turned = m, s.x(1), (0, int(not b_turned))
+        if a_turned:
+            left, right, turned = s.x(1), m, (int(b_turned), 1)
+    else:
+        left, right, turned = s.x(0), m, (int(not a_turned), 0)
+        if b_turned:
+            left, right, turned = m, s.x(0), (1, int(a_turned))
+    return op.Gemm(  # type: ignore[no-any-return]
+        left, right, alpha=alpha, transA=turned[0], transB=turned[1]
+    )
+
+
+add(Bilinear(op="Gemm", pull=gemm_pull, broadcasts=True))

@@ -1,0 +1,284 @@
+"""y = f(z), element by element. A row gives f', and a closed secant where there is a better one.
+
+Masks (Boolean derivatives) are read off the output where that is possible, which lets ONNX Runtime
+keep the activation fused with the convolution before it. Definitions: the ONNX operator reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from onnx_attrib.ir import Tensor
+from onnx_attrib.rules.base import Composite, Elementwise, Linear, Site, add, only
+
+
+def row(
+    op: str,
+    derivative: Callable[[Site], Tensor],
+    *,
+    secant: Callable[[Site], Tensor | None] | None = None,
+    operand: int = 0,
+    piecewise: bool = False,
+    relu_like: bool = False,
+    broadcasts: bool = False,
+) -> None:
+    """Enter y = f(z) in one active operand."""
+    add(
+        Elementwise(
+            op=op,
+            derivative=derivative,
+            secant=secant,
+            operand=operand,
+            piecewise=piecewise,
+            relu_like=relu_like,
+            broadcasts=broadcasts,
+            covers=only(operand),
+        )
+    )
+
+
+def ref(s: Site) -> Site:
+    """The site at the baseline; secants are asked for only where there is one."""
+    if s.reference is None:
+        raise LookupError("a secant needs a reference")
+    return s.reference
+
+
+def number(s: Site, value: float) -> np.ndarray:
+    """A scalar of the operand's dtype."""
+    return np.array(value, s.graph.dtype(s.y))
+
+
+def positive(s: Site) -> Tensor:
+    """z > 0."""
+    return s.op.Greater(s.x(), 0.0)
+
+
+# -- powers, exponentials, trigonometry ------------------------------------------------------------
+# Closed secants: (√z − √z̄)/Δz = 1/(√z + √z̄), (1/z − 1/z̄)/Δz = −1/(z·z̄), (z² − z̄²)/Δz = z + z̄.
+
+row(
+    "Sqrt",
+    lambda s: s.op.Mul(s.op.Reciprocal(s.y), 0.5),
+    secant=lambda s: s.op.Reciprocal(s.op.Add(s.y, ref(s).y)),
+)
+row(
+    "Reciprocal",
+    lambda s: s.op.Neg(s.op.Mul(s.y, s.y)),
+    secant=lambda s: s.op.Neg(s.op.Mul(s.y, ref(s).y)),
+)
+row("Exp", lambda s: s.y)
+row("Log", lambda s: s.op.Reciprocal(s.x()))
+row("Abs", lambda s: s.op.Sign(s.x()), piecewise=True)
+row(
+    "Erf",
+    lambda s: s.op.Mul(s.op.Exp(s.op.Neg(s.op.Mul(s.x(), s.x()))), 2 / math.sqrt(math.pi)),
+)
+row("Sin", lambda s: s.op.Cos(s.x()))
+row("Cos", lambda s: s.op.Neg(s.op.Sin(s.x())))
+
+
+def exponent(s: Site) -> float | None:
+    """The exponent of a Pow, if it is one constant."""
+    value = s.value(1)
+    return float(value.reshape(())) if value is not None and value.size == 1 else None
+
+
+def power_slope(s: Site) -> Tensor:
+    """c · z^(c−1)."""
+    op, fixed = s.op, exponent(s)
+    if fixed == 2:
+        return op.Mul(s.x(), 2.0)
+    if fixed is not None and fixed not in (0, 1):
+        return op.Mul(op.Pow(s.x(), number(s, fixed - 1)), fixed)
+    power = op.Cast(s.x(1), to=s.graph.dtype(s.x()))
+    slope = op.Mul(power, op.Pow(s.x(), op.Sub(power, 1.0)))
+    # Exponent 0: z^(−1) may not be finite, the slope is zero all the same. Exponent 1: z⁰ is one.
+    return op.Where(op.Equal(power, 0.0), number(s, 0), slope)
+
+
+def exponential_slope(s: Site) -> Tensor:
+    """a^z · ln a, and zero where the base is."""
+    op, base = s.op, s.x(0)
+    return op.Mul(s.y, op.Log(op.Where(op.Greater(base, 0.0), base, number(s, 1))))
+
+
+def power_definition(s: Site) -> Sequence[Tensor]:
+    """a^b = exp(b · ln a), for a > 0."""
+    op = s.op
+    return [op.Exp(op.Mul(op.Cast(s.x(1), to=s.graph.dtype(s.x(0))), op.Log(s.x(0))))]
+
+
+def power_pull(s: Site, i: int) -> Tensor:
+    return s.op.Mul(s.m, power_slope(s) if i == 0 else exponential_slope(s))
+
+
+row(
+    "Pow",
+    power_slope,
+    secant=lambda s: s.op.Add(s.x(), ref(s).x()) if exponent(s) == 2 else None,
+    broadcasts=True,
+)
+row("Pow", exponential_slope, operand=1, broadcasts=True)
+add(Composite(op="Pow", pull=power_pull, decompose=power_definition, broadcasts=True))
+
+
+# -- activations -----------------------------------------------------------------------------------
+
+row("Relu", lambda s: s.op.Greater(s.y, 0.0), piecewise=True, relu_like=True)
+row(
+    "LeakyRelu",
+    lambda s: s.op.Where(positive(s), number(s, 1), number(s, s.attr("alpha"))),
+    piecewise=True,
+    relu_like=True,
+)
+row(
+    "ThresholdedRelu",
+    lambda s: s.op.Greater(s.x(), s.attr("alpha")),
+    piecewise=True,
+    relu_like=True,
+)
+row("Sigmoid", lambda s: s.op.Mul(s.y, s.op.Sub(1.0, s.y)))
+row("Tanh", lambda s: s.op.Sub(1.0, s.op.Mul(s.y, s.y)))
+row("Softplus", lambda s: s.op.Sigmoid(s.x()))
+
+
+def softsign_slope(s: Site) -> Tensor:
+    """1 / (1 + |z|)²."""
+    r = s.op.Reciprocal(s.op.Add(s.op.Abs(s.x()), 1.0))
+    return s.op.Mul(r, r)
+
+
+row("Softsign", softsign_slope)
+
+
+def exponential_unit(alpha: Callable[[Site], float], scale: Callable[[Site], float]) -> Callable:
+    """Slope of scale · (z if z > 0 else α(e^z − 1)): below zero it is y + scale · α."""
+
+    def slope(s: Site) -> Tensor:
+        gamma = scale(s)
+        return s.op.Where(positive(s), number(s, gamma), s.op.Add(s.y, gamma * alpha(s)))
+
+    return slope
+
+
+row("Elu", exponential_unit(lambda s: s.attr("alpha"), lambda s: 1.0), relu_like=True)
+row(
+    "Selu",
+    exponential_unit(lambda s: s.attr("alpha"), lambda s: s.attr("gamma")),
+    relu_like=True,
+)
+
+
+def celu_slope(s: Site) -> Tensor:
+    """1, and e^(z/α) = 1 + y/α below zero."""
+    below = s.op.Add(s.op.Mul(s.y, 1 / s.attr("alpha")), 1.0)
+    return s.op.Where(positive(s), number(s, 1), below)
+
+
+row("Celu", celu_slope, relu_like=True)
+
+
+def hard_sigmoid_slope(s: Site) -> Tensor:
+    op = s.op
+    inside = op.And(op.Greater(s.y, 0.0), op.Less(s.y, 1.0))
+    return op.Where(inside, number(s, s.attr("alpha")), number(s, 0))
+
+
+row("HardSigmoid", hard_sigmoid_slope, piecewise=True)
+
+
+def hard_swish_slope(s: Site) -> Tensor:
+    """z · clip(z/6 + 1/2, 0, 1): z/3 + 1/2 between −3 and 3, one above, zero below."""
+    op, z = s.op, s.x()
+    inside = op.Less(op.Abs(z), 3.0)
+    outside = op.Where(op.Greater(z, 0.0), number(s, 1), number(s, 0))
+    return op.Where(inside, op.Add(op.Mul(z, 1 / 3), 0.5), outside)
+
+
+row("HardSwish", hard_swish_slope)
+
+
+def mish_slope(s: Site) -> Tensor:
+    """z · tanh(softplus z): t + z · (1 − t²) · σ(z)."""
+    op, z = s.op, s.x()
+    t = op.Tanh(op.Softplus(z))
+    return op.Add(t, op.Mul(op.Mul(z, op.Sub(1.0, op.Mul(t, t))), op.Sigmoid(z)))
+
+
+row("Mish", mish_slope)
+
+
+def gelu_slope(s: Site) -> Tensor:
+    """Φ(z) + z · φ(z), or the derivative of the tanh approximation."""
+    op, z = s.op, s.x()
+    if s.attr("approximate") == "tanh":
+        k = math.sqrt(2 / math.pi)
+        square = op.Mul(z, z)
+        t = op.Tanh(op.Mul(op.Mul(z, op.Add(op.Mul(square, 0.044715), 1.0)), k))
+        inner = op.Mul(op.Add(op.Mul(square, 3 * 0.044715), 1.0), k)
+        outer = op.Mul(op.Mul(z, op.Sub(1.0, op.Mul(t, t))), inner)
+        return op.Mul(op.Add(op.Add(t, 1.0), outer), 0.5)
+    cdf = op.Mul(op.Add(op.Erf(op.Mul(z, math.sqrt(0.5))), 1.0), 0.5)
+    density = op.Mul(op.Exp(op.Mul(op.Mul(z, z), -0.5)), 1 / math.sqrt(2 * math.pi))
+    return op.Add(cdf, op.Mul(z, density))
+
+
+row("Gelu", gelu_slope)
+
+
+# -- with a second operand -------------------------------------------------------------------------
+
+
+def clip_slope(s: Site) -> Tensor:
+    """Inside the bounds, read off the output so that a convolution before it stays fused."""
+    op, bounds = s.op, []
+    if s.optional(1) is not None:
+        bounds.append(op.Greater(s.y, s.x(1)))
+    if s.optional(2) is not None:
+        bounds.append(op.Less(s.y, s.x(2)))
+    if not bounds:
+        return op.Equal(s.y, s.y)
+    return bounds[0] if len(bounds) == 1 else op.And(*bounds)
+
+
+def clip_definition(s: Site) -> Sequence[Tensor]:
+    """min(max(z, low), high)."""
+    y = s.x()
+    if s.optional(1) is not None:
+        y = s.op.Max(y, s.x(1))
+    if s.optional(2) is not None:
+        y = s.op.Min(y, s.x(2))
+    return [y]
+
+
+row("Clip", clip_slope, piecewise=True, relu_like=True)
+add(Composite(op="Clip", decompose=clip_definition))
+
+row(
+    "PRelu",
+    lambda s: s.op.Where(positive(s), number(s, 1), s.x(1)),
+    piecewise=True,
+    relu_like=True,
+    broadcasts=True,
+)
+add(
+    Linear(
+        op="PRelu",
+        pull=lambda s, i: s.op.Mul(s.m, s.op.Min(s.x(), number(s, 0))),
+        covers=only(1),
+        broadcasts=True,
+    )
+)
+add(
+    Composite(
+        op="PRelu",
+        # relu(z) + slope · min(z, 0)
+        decompose=lambda s: [
+            s.op.Add(s.op.Relu(s.x()), s.op.Mul(s.x(1), s.op.Min(s.x(), number(s, 0))))
+        ],
+    )
+)

@@ -1,0 +1,211 @@
+"""The reverse sweep: from the seed back to the attributed tensors, one rule a node.
+
+Precondition: the job has a scope, a seed and, if the method compares, values at the reference.
+Postcondition: ``job.multipliers`` maps each attributed tensor's name to its multiplier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx_graphsurgeon as gs
+
+from onnx_attrib import rules
+from onnx_attrib.errors import Offence, UnsupportedOpError
+from onnx_attrib.ir import OPSET, Dim, Graph, Node, Tensor, Values
+from onnx_attrib.job import Cluster, Job
+from onnx_attrib.methods.base import GRADIENT, Shares, Table
+from onnx_attrib.rules import Composite, Elementwise, Rule, Site, Unsupported
+from onnx_attrib.rules.broadcast import expand, is_full, refine, same_shape, unbroadcast
+
+
+def differentiate(job: Job) -> None:
+    """Sweep once over the model's own values (methods without a path)."""
+    reference = job.reference if job.method.compares else None
+    clusters = job.clusters if job.method.clusters else {}
+    sweep = Sweep(job.graph, job.table, Values(), reference, clusters, job.reference_dims)
+    seeds = {job.scope.output.name: job.seed}
+    job.multipliers = sweep.run(job.scope.nodes, job.scope.active, seeds, job.scope.names)
+
+
+@dataclass
+class Sweep:
+    """One reverse sweep over a region of the graph.
+
+    ``at`` gives the region's tensors at the point explained, ``reference`` at the baseline
+    (``reference_dims``: how symbolic dimensions are renamed there).
+    """
+
+    graph: Graph
+    table: Table
+    at: Values = field(default_factory=Values)
+    reference: Values | None = None
+    clusters: Mapping[str, Cluster] = field(default_factory=dict)
+    reference_dims: Mapping[str, Dim] = field(default_factory=dict)
+
+    def run(
+        self,
+        nodes: Sequence[Node],
+        active: set[str],
+        seeds: Mapping[str, Tensor],
+        wanted: Iterable[str],
+    ) -> dict[str, Tensor]:
+        """Multipliers of the ``wanted`` tensors; one that nothing flows to is left out.
+
+        ``nodes`` are sorted; ``active`` names the tensors that carry attribution; ``seeds`` are
+        the cotangents to start from. Raises UnsupportedOpError with every node that no rule can
+        handle.
+        """
+        pending = {name: [seed] for name, seed in seeds.items()}
+        wanted = set(wanted)
+        result: dict[str, Tensor] = {}
+        offences: list[Offence] = []
+        for node in reversed(nodes):
+            if not any(t.name in pending for t in node.outputs):
+                continue
+            cotangents = [self._total(pending.pop(t.name, [])) for t in node.outputs]
+            for tensor, total in zip(node.outputs, cotangents, strict=True):
+                if total is not None and tensor.name in wanted:
+                    result[tensor.name] = total
+            site, rule = self._site(node, cotangents, active)
+            if not site.active:
+                continue
+            try:
+                shares = self._apply(site, rule)
+            except Unsupported as reason:
+                offences.append(offence(node, str(reason)))
+                # Go on with a stand-in, to find the other nodes that cannot be handled.
+                shares = {i: site.zeros_like(site.x(i)) for i in site.active}
+            for i, share in shares.items():
+                pending.setdefault(site.node.inputs[i].name, []).append(share)
+        if offences:
+            raise UnsupportedOpError(offences[::-1])
+        for name in wanted & pending.keys():
+            total = self._total(pending[name])
+            if total is not None:
+                result[name] = total
+        return result
+
+    def decompose(self, site: Site, rule: Composite) -> Shares:
+        """Sweep through the operator's definition, emitted at both points."""
+        graph, reference = self.graph, None
+        with graph.record() as nodes:
+            outputs = rule.decompose(site)
+        if site.reference is not None:
+            pairs = zip(site.inputs, site.reference.inputs, strict=True)
+            moved = {x.name: r for x, r in pairs if x is not None and r is not None}
+            moved = {name: r for name, r in moved.items() if name != r.name}
+            reference = graph.replicate(nodes, moved, self.reference_dims)
+        seeds = {
+            y.name: m
+            for y, m in zip(outputs, site.cotangents, strict=False)
+            if y is not None and m is not None
+        }
+        wanted = {site.x(i).name: i for i in reversed(site.active)}
+        active = flow(nodes, set(wanted))
+        inner = Sweep(graph, self.table, Values(), reference, {}, self.reference_dims)
+        shares = inner.run(nodes, active, seeds, wanted)
+        return {wanted[name]: share for name, share in shares.items()}
+
+    def _site(
+        self, node: Node, cotangents: list[Tensor | None], active: set[str]
+    ) -> tuple[Site, Rule | None]:
+        cluster = self.clusters.get(node.outputs[0].name)
+        if cluster is not None:
+            # The region stands as a node of its own: its root in, its output out.
+            node = _stand_in(cluster)
+            indices: tuple[int, ...] = (0,)
+            rule: Rule | None = self._cluster_rule(cluster)
+        else:
+            indices = active_inputs(node, active)
+            rule = rules.lookup(node.op, node.domain, indices)
+        site = self._at(node, self.at, indices, cotangents)
+        if self.reference is not None:
+            site = replace(site, reference=self._at(node, self.reference, indices, []))
+        return site, rule
+
+    def _at(
+        self,
+        node: Node,
+        values: Values,
+        active: tuple[int, ...],
+        cotangents: Sequence[Tensor | None],
+    ) -> Site:
+        inputs = tuple(values(t) if t.name else None for t in node.inputs)
+        outputs = tuple(values(t) for t in node.outputs)
+        return Site(self.graph, node, inputs, outputs, tuple(cotangents), active)
+
+    def _cluster_rule(self, cluster: Cluster) -> Elementwise:
+        def derivative(site: Site) -> Tensor:
+            at_point = site.x().name == self.at(cluster.root).name
+            values = self.at if at_point or self.reference is None else self.reference
+            one = self.graph.constant(1.0, self.graph.dtype(cluster.output))
+            root = cluster.root.name
+            inner = Sweep(self.graph, GRADIENT, values)
+            active = flow(cluster.nodes, {root})
+            return inner.run(cluster.nodes, active, {cluster.output.name: one}, [root])[root]
+
+        return Elementwise(op="cluster", derivative=derivative)
+
+    def _apply(self, site: Site, rule: Rule | None) -> Shares:
+        if rule is None:
+            raise Unsupported("no rule for this operator with these inputs attributed")
+        if not (rule.lazy and self._spans(site)):
+            full = [
+                None if m is None else expand(site, m, y)
+                for m, y in zip(site.cotangents, site.outputs, strict=True)
+            ]
+            site = replace(site, cotangents=full)
+        shares = self.table[type(rule)](self, site, rule)
+        if rule.broadcasts:
+            return {i: unbroadcast(site, m, site.x(i), site.y) for i, m in shares.items()}
+        return {i: self._refined(m, site.x(i)) for i, m in shares.items()}
+
+    def _spans(self, site: Site) -> bool:
+        """Whether no active operand is broadcast, so that a lazy cotangent may stay so."""
+        return all(same_shape(self.graph, site.x(i), site.y) for i in site.active)
+
+    def _refined(self, m: Tensor, operand: Tensor) -> Tensor:
+        return refine(self.graph, m, self.graph.shape(operand))
+
+    def _total(self, terms: list[Tensor]) -> Tensor | None:
+        if not terms:
+            return None
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.graph.op.Add(total, term)
+        return total
+
+
+def active_inputs(node: Node, active: set[str]) -> tuple[int, ...]:
+    """Indices of the inputs through which attribution flows back."""
+    if rules.is_barrier(node.op, node.domain):
+        return ()
+    blocked = rules.blocked(node.op, node.domain)
+    return tuple(i for i, t in enumerate(node.inputs) if t.name in active and i not in blocked)
+
+
+def flow(nodes: Sequence[Node], roots: set[str]) -> set[str]:
+    """Names of the tensors that ``roots`` reach through differentiable operators."""
+    active = set(roots)
+    for node in nodes:
+        if active_inputs(node, active):
+            active.update(t.name for t in node.outputs if t.name)
+    return active
+
+
+def offence(node: Node, reason: str) -> Offence:
+    """A node that cannot be handled, for an UnsupportedOpError."""
+    label = node.name or (node.outputs[0].name if node.outputs else "")
+    return Offence(node.op, node.domain or "", OPSET, label, reason)
+
+
+def _stand_in(cluster: Cluster) -> Node:
+    node = gs.Node("cluster", cluster.output.name)
+    # Plain lists: graphsurgeon's own would enter the stand-in as a producer of the output.
+    node.inputs, node.outputs = [cluster.root], [cluster.output]
+    return node
+
+
+__all__ = ["Sweep", "active_inputs", "differentiate", "flow", "is_full", "offence"]

@@ -1,0 +1,91 @@
+"""Turn multipliers into attributions and add them to the model's outputs.
+
+Precondition: multipliers for the attributed tensors. Postcondition: one output
+``<T>_attribution`` for each, of T's shape; ``convergence_delta`` [N] if asked for; metadata that
+says how the model was made.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from onnx_attrib.errors import OptionError
+from onnx_attrib.ir import Graph, Tensor
+from onnx_attrib.job import Job
+from onnx_attrib.rules.broadcast import is_full
+from onnx_attrib.version import VERSION
+
+
+def finalize(job: Job) -> None:
+    """Emit attributions, the completeness residual and metadata."""
+    graph, method = job.graph, job.method
+    attributions = []
+    for tensor in job.scope.inputs:
+        m = _full(graph, job.multipliers[tensor.name], tensor)
+        value = method.attribution(graph.op, m, tensor, job.baselines.get(tensor.name))
+        attributions.append(_output(graph, value, f"{tensor.name}_attribution", tensor))
+    if job.request.delta:
+        _output(graph, _residual(job, attributions), "convergence_delta", None)
+    graph.set_metadata(_metadata(job))
+
+
+def _full(graph: Graph, m: Tensor, like: Tensor) -> Tensor:
+    return m if is_full(graph, m, like) else graph.op.Expand(m, graph.op.Shape(like))
+
+
+def _output(graph: Graph, value: Tensor, name: str, like: Tensor | None) -> Tensor:
+    if graph.find(name) is not None:
+        raise OptionError(f"the model already has a tensor named '{name}'")
+    named = graph.emit("Identity", value, stem=name)
+    if like is not None:
+        named.shape = None if like.shape is None else list(like.shape)
+    graph.outputs.append(named)
+    return named  # type: ignore[no-any-return]
+
+
+def _residual(job: Job, attributions: list[Tensor]) -> Tensor:
+    """Σ attribution − (S(x) − S(x̄)) for each sample, shape [N]."""
+    graph, op, output = job.graph, job.graph.op, job.scope.output
+    if job.reference is None:
+        raise LookupError("delta without a reference")
+    inner = {t.name for node in job.scope.dependent for t in node.outputs}
+    total = None
+    for tensor, attribution in zip(job.scope.inputs, attributions, strict=True):
+        if tensor.name in inner:
+            # Counted already through the attributed tensor it is computed from.
+            continue
+        part = _per_sample(graph, attribution)
+        total = part if total is None else op.Add(total, part)
+    difference = op.Sub(output, job.reference(output))
+    change = _per_sample(graph, op.Mul(job.seed, difference))
+    return op.Sub(total, change)  # type: ignore[no-any-return]
+
+
+def _per_sample(graph: Graph, tensor: Tensor) -> Tensor:
+    rank = len(graph.shape(tensor) or ())
+    if rank == 0:
+        return graph.op.Reshape(tensor, [1])  # type: ignore[no-any-return]
+    return graph.op.ReduceSum(graph.op.Flatten(tensor, axis=1), [1], keepdims=0)  # type: ignore[no-any-return]
+
+
+def _metadata(job: Job) -> dict[str, str]:
+    request = job.request
+    baseline: object = None
+    if request.method.needs_reference:
+        given = request.baseline
+        if isinstance(given, np.ndarray) and given.ndim == 0:
+            given = float(given)
+        baseline = given if isinstance(given, str | int | float) else "array"
+    values = {
+        "version": VERSION,
+        "method": request.method.name,
+        "options": json.dumps(request.options),
+        "output": job.scope.output.name,
+        "inputs": json.dumps(job.scope.names),
+        "target": json.dumps(request.target),
+        "baseline": json.dumps(baseline),
+        "source_sha256": request.source,
+    }
+    return {f"onnx_attrib.{key}": value for key, value in values.items()}

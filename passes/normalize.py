@@ -1,0 +1,320 @@
+"""Bring any ONNX model into the one form that the other passes know.
+
+Precondition: a parsed model of opset 7 to 26. Postcondition: opset 21, no local functions, no
+Constant nodes, no initializer listed as an input, small constant arithmetic evaluated, dtypes and
+shapes inferred for every tensor as far as ONNX can. Raises ModelError for a model that ONNX's
+checker rejects or that cannot be brought to opset 21.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from onnx_attrib.errors import ModelError
+from onnx_attrib.ir import OPSET, Graph, subgraphs
+
+OLDEST, NEWEST = 7, 26
+_DETACH = 1024
+"""Initializers of more bytes are kept out of ONNX's own passes, which copy the whole model."""
+_FOLD = 1024
+"""Constant arithmetic on at most this many elements is evaluated at compile time."""
+
+
+def normalize(model: ModelProto) -> Graph:
+    """Check, inline, convert and infer; the model is consumed."""
+    _check_opset(model)
+    _constants_to_initializers(model)
+    _drop_initializer_inputs(model)
+    weights = _detach(model)
+    _check(model)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+        _constants_to_initializers(model)
+    model = _convert(model)
+    _constants_to_initializers(model)
+    model = _infer(model)
+    if _fold(model):
+        model = _infer(model)
+    _attach(model, weights)
+    return Graph(model)
+
+
+def default_opset(model: ModelProto) -> int:
+    """The model's version of the default domain (the newest, if it is listed twice)."""
+    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+    if not versions:
+        raise ModelError("the model imports no version of ONNX's own operators")
+    return max(versions)
+
+
+def _check_opset(model: ModelProto) -> None:
+    version = default_opset(model)
+    if not OLDEST <= version <= NEWEST:
+        raise ModelError(
+            f"the model uses opset {version}; {OLDEST} to {NEWEST} are supported "
+            "(convert it with onnx.version_converter)"
+        )
+    others = [o for o in model.opset_import if o.domain not in ("", "ai.onnx")]
+    del model.opset_import[:]
+    model.opset_import.extend([helper.make_opsetid("", version), *others])
+    for node in model.graph.node:
+        if node.domain == "ai.onnx":
+            node.domain = ""
+
+
+def _check(model: ModelProto) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"ONNX's checker rejects the model: {_line(error)}") from None
+
+
+# -- weights stay out of ONNX's passes -------------------------------------------------------------
+
+
+def _detach(model: ModelProto) -> dict[str, TensorProto]:
+    """Replace large initializers by graph inputs of the same name, type and shape."""
+    weights, small = {}, []
+    for tensor in model.graph.initializer:
+        try:
+            expected = int(np.prod(tensor.dims, dtype=np.int64))
+        except (ValueError, OverflowError):
+            raise ModelError(f"initializer '{tensor.name}' has an impossible shape") from None
+        if tensor.ByteSize() <= _DETACH and expected <= _DETACH:
+            small.append(tensor)
+            continue
+        _check_size(tensor, expected)
+        kept = TensorProto()
+        kept.CopyFrom(tensor)
+        weights[tensor.name] = kept
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(small)
+    for name, tensor in weights.items():
+        model.graph.input.append(
+            helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+        )
+    # Inputs may take the place of initializers from IR 4 on.
+    model.ir_version = max(model.ir_version, 4)
+    return weights
+
+
+def _check_size(tensor: TensorProto, expected: int) -> None:
+    if not tensor.raw_data or tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
+        return
+    bits = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
+    packed = {"4": 4, "2": 2}
+    name = TensorProto.DataType.Name(tensor.data_type)
+    if name.startswith(("INT4", "UINT4", "FLOAT4", "INT2", "UINT2")):
+        bits = packed[name[-1] if name[-1] in packed else "4"]
+    if len(tensor.raw_data) * 8 < expected * bits:
+        raise ModelError(
+            f"initializer '{tensor.name}' holds {len(tensor.raw_data)} bytes, fewer than its shape "
+            f"{list(tensor.dims)} needs: the file is damaged"
+        )
+
+
+def _attach(model: ModelProto, weights: dict[str, TensorProto]) -> None:
+    inputs = [tensor for tensor in model.graph.input if tensor.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.graph.initializer.extend(weights.values())
+
+
+def _drop_initializer_inputs(model: ModelProto) -> None:
+    """IR 3 lists weights as inputs too; with a value in the file they are constants."""
+    names = {t.name for t in model.graph.initializer}
+    names |= {t.values.name for t in model.graph.sparse_initializer}
+    inputs = [tensor for tensor in model.graph.input if tensor.name not in names]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+
+
+def _constants_to_initializers(model: ModelProto) -> None:
+    graph = model.graph
+    outputs = {t.name for t in graph.output}
+    nodes = []
+    for node in graph.node:
+        value = _constant_value(node) if node.op_type == "Constant" and not node.domain else None
+        if value is None or node.output[0] in outputs:
+            nodes.append(node)
+            continue
+        value.name = node.output[0]
+        graph.initializer.append(value)
+    if len(nodes) < len(graph.node):
+        kept = [_copied(node) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(kept)
+
+
+def _copied(node: NodeProto) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    return copy
+
+
+def _constant_value(node: NodeProto) -> TensorProto | None:
+    """The tensor a Constant node holds; None for kinds that stay nodes (sparse, strings)."""
+    attribute = node.attribute[0]
+    value = TensorProto()
+    if attribute.ref_attr_name:
+        return None
+    if attribute.name == "value":
+        value.CopyFrom(attribute.t)
+    elif attribute.name in ("value_float", "value_floats"):
+        data = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+        value = numpy_helper.from_array(np.array(data, np.float32))
+    elif attribute.name in ("value_int", "value_ints"):
+        data = attribute.i if attribute.name == "value_int" else list(attribute.ints)
+        value = numpy_helper.from_array(np.array(data, np.int64))
+    else:
+        return None
+    return value
+
+
+# -- versions, shapes, constants -------------------------------------------------------------------
+
+
+def _convert(model: ModelProto) -> ModelProto:
+    version = default_opset(model)
+    if version == OPSET:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, OPSET)
+    except Exception as error:  # the converter raises bare RuntimeErrors
+        raise ModelError(
+            f"ONNX's version converter cannot bring opset {version} to {OPSET}: {_line(error)}"
+        ) from None
+
+
+def _infer(model: ModelProto) -> ModelProto:
+    """Infer shapes afresh; take the file's own only where inference knows less.
+
+    A file's value_info can be stale (a batch axis made dynamic by hand), so one contradiction
+    is enough not to believe any of it.
+    """
+    declared = {v.name: v for v in model.graph.value_info}
+    del model.graph.value_info[:]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception as error:  # inference raises bare RuntimeErrors
+        raise ModelError(f"ONNX's shape inference fails: {_line(error)}") from None
+    known = {v.name: v for v in inferred.graph.value_info}
+    if all(_agree(known[name], v) for name, v in declared.items() if name in known):
+        for name, v in declared.items():
+            if name not in known:
+                inferred.graph.value_info.append(v)
+            elif _knows_more(v, known[name]):
+                known[name].CopyFrom(v)
+    return inferred
+
+
+def _dims(info: onnx.ValueInfoProto) -> list[int | str | None] | None:
+    tensor = info.type.tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    return [
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim
+    ]
+
+
+def _agree(inferred: onnx.ValueInfoProto, declared: onnx.ValueInfoProto) -> bool:
+    if inferred.type.tensor_type.elem_type != declared.type.tensor_type.elem_type:
+        return False
+    have, said = _dims(inferred), _dims(declared)
+    if have is None or said is None:
+        return True
+    if len(have) != len(said):
+        return False
+    # A number where inference keeps the batch symbol is the classic stale entry.
+    return all(
+        h == s or not (isinstance(s, int) and (isinstance(h, int) or not _vague(h)))
+        for h, s in zip(have, said, strict=True)
+    )
+
+
+def _knows_more(declared: onnx.ValueInfoProto, inferred: onnx.ValueInfoProto) -> bool:
+    have, said = _dims(inferred), _dims(declared)
+    if have is None or said is None:
+        return said is not None
+    vague = [_vague(h) for h in have]
+    kept = all(v or h == s for v, h, s in zip(vague, have, said, strict=True))
+    return kept and any(v and not _vague(s) for v, s in zip(vague, said, strict=True))
+
+
+def _vague(dim: int | str | None) -> bool:
+    return dim is None or (isinstance(dim, str) and dim.startswith("unk__"))
+
+
+def _fold(model: ModelProto) -> bool:
+    """Evaluate small arithmetic on constants and known shapes; True if anything was folded."""
+    graph = model.graph
+    values = {t.name: t for t in graph.initializer}
+    shapes = {v.name: _dims(v) for v in (*graph.value_info, *graph.input)}
+    outputs = {t.name for t in graph.output}
+    kept, folded = [], 0
+    for node in graph.node:
+        results = None
+        if not node.domain and not outputs.intersection(node.output):
+            results = _evaluate(node, values, shapes)
+        if results is None:
+            kept.append(_copied(node))
+            continue
+        folded += 1
+        for name, array in zip(node.output, results, strict=False):
+            if name:
+                values[name] = numpy_helper.from_array(array, name)
+                graph.initializer.append(values[name])
+    if folded:
+        del graph.node[:]
+        graph.node.extend(kept)
+    return folded > 0
+
+
+def _evaluate(
+    node: NodeProto,
+    values: dict[str, TensorProto],
+    shapes: dict[str, list[int | str | None] | None],
+) -> list[np.ndarray] | None:
+    if node.op_type == "Shape":
+        dims = shapes.get(node.input[0])
+        if dims is None and node.input[0] in values:
+            dims = list(values[node.input[0]].dims)
+        if dims is None or not all(isinstance(dim, int) for dim in dims):
+            return None
+        bounds = {a.name: a.i for a in node.attribute}
+        return [np.array(dims[bounds.get("start", 0) : bounds.get("end")], np.int64)]
+    if not node.input or any(name and name not in values for name in node.input):
+        return None
+    if node.op_type.startswith("Random") or any(True for _ in subgraphs(node)):
+        return None
+    operands = {name: values[name] for name in node.input if name}
+    if sum(int(np.prod(t.dims, dtype=np.int64)) for t in operands.values()) > _FOLD:
+        return None
+    try:
+        feeds = {name: numpy_helper.to_array(tensor) for name, tensor in operands.items()}
+        evaluator = onnx.reference.ReferenceEvaluator(_one_node(node, operands))
+        results = evaluator.run(None, feeds)
+    except Exception:  # an operator the evaluator lacks is left for run time
+        return None
+    if not all(isinstance(r, np.ndarray | np.generic) and np.size(r) <= _FOLD for r in results):
+        return None
+    return [np.asarray(r) for r in results]
+
+
+def _one_node(node: NodeProto, operands: dict[str, TensorProto]) -> ModelProto:
+    inputs = [
+        helper.make_tensor_value_info(name, t.data_type, list(t.dims))
+        for name, t in operands.items()
+    ]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+    graph = GraphProto(name="fold", node=[node], input=inputs, output=outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+__all__ = ["default_opset", "normalize"]

@@ -1,0 +1,207 @@
+"""Place the baseline and evaluate the model there.
+
+Precondition: scope. Postcondition, for methods with a reference: ``job.baselines`` holds x̄ of
+every attributed tensor, and ``job.reference`` the values at x̄ of every tensor that depends on
+what the baseline replaces. A reference that is the same for all samples keeps batch 1 and is
+broadcast where it meets them; ONNX Runtime folds it at load time when it is constant.
+Raises OptionError for a baseline that does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnx_attrib.errors import OptionError
+from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, is_float, static
+from onnx_attrib.job import Baseline, Job
+
+
+def reference(job: Job) -> None:
+    """Build x̄ and replicate what depends on it."""
+    if not job.method.needs_reference:
+        return
+    graph, baseline = job.graph, job.request.baseline
+    at_run_time = isinstance(baseline, str) and baseline == "input"
+    sources = _model_inputs(job) if at_run_time else outermost(job)
+    region = _region(job, sources)
+    batch = batch_symbol(graph, sources)
+    shared = batch is not None and _can_share(graph, sources, region, batch)
+    dims: dict[str, Dim] = {batch: 1} if shared and batch is not None else {}
+    if at_run_time:
+        placed = {t.name: _input(graph, t, shared) for t in sources}
+    else:
+        arrays = _arrays(graph, sources, baseline)
+        placed = {t.name: _constant(graph, t, arrays[t.name], shared) for t in sources}
+    job.reference = graph.replicate(region, placed, dims)
+    job.reference_dims = dims
+    job.baselines = {t.name: job.reference(t) for t in job.scope.inputs}
+
+
+# -- what the baseline replaces --------------------------------------------------------------------
+
+
+def outermost(job: Job) -> list[Tensor]:
+    """Attributed tensors that are not computed from other attributed tensors."""
+    names = set(job.scope.names)
+    inner = {t.name for node in job.scope.dependent for t in node.outputs} & names
+    return [t for t in job.scope.inputs if t.name not in inner]
+
+
+def _model_inputs(job: Job) -> list[Tensor]:
+    """The model inputs that the attributed tensors are, or are computed from."""
+    graph = job.graph
+    needed = {t.name for node in graph.prune(graph.nodes, job.scope.inputs) for t in graph.uses(node)}
+    needed |= set(job.scope.names)
+    return [t for t in graph.inputs if t.name in needed]
+
+
+def _region(job: Job, sources: Sequence[Tensor]) -> list[Node]:
+    """Sorted nodes that depend on ``sources`` and that output or attributed tensors need."""
+    graph, nodes = job.graph, []
+    changing = {t.name for t in sources}
+    for node in graph.prune(graph.nodes, [job.scope.output, *job.scope.inputs]):
+        if any(t.name in changing for t in graph.uses(node)):
+            nodes.append(node)
+            changing.update(t.name for t in node.outputs if t.name)
+    return nodes
+
+
+# -- one reference for all samples -----------------------------------------------------------------
+
+
+def batch_symbol(graph: Graph, sources: Sequence[Tensor]) -> str | None:
+    """The symbol of the batch axis, if all sources lead with the same one."""
+    leading = {(graph.shape(t) or (None,))[0] for t in sources}
+    symbol = leading.pop() if len(leading) == 1 else None
+    return symbol if isinstance(symbol, str) else None
+
+
+def keeps_batch_apart(graph: Graph, region: Sequence[Node], batch: str) -> bool:
+    """Whether every float tensor in the region has the batch as one axis of its own.
+
+    Then nothing mixes samples with other axes: the region can be evaluated at another batch.
+    """
+    return all(
+        _one_batch_axis(graph, tensor, batch)
+        for node in region
+        for tensor in node.outputs
+        if tensor.name and is_float(tensor.dtype)
+    )
+
+
+def captured(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) -> list[Tensor]:
+    """Tensors, constants aside, that the region reads but neither is nor computes."""
+    inside = {t.name for t in sources} | {t.name for node in region for t in node.outputs}
+    found = {t.name: t for node in region for t in graph.uses(node) if t.name not in inside}
+    return [t for t in found.values() if graph.value(t) is None]
+
+
+def _can_share(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node], batch: str) -> bool:
+    """Whether one reference serves all samples: what it meets from outside is free of the batch."""
+    outside = (graph.shape(t) for t in captured(graph, sources, region))
+    return keeps_batch_apart(graph, region, batch) and all(
+        shape is not None and not any(dim is None or dim == batch or _made_up(dim) for dim in shape)
+        for shape in outside
+    )
+
+
+def _one_batch_axis(graph: Graph, tensor: Tensor, batch: str) -> bool:
+    shape = graph.shape(tensor)
+    if shape is None:
+        return False
+    if shape and shape[0] == batch:
+        # Unknown dimensions behind a leading batch axis cannot hold the batch once more.
+        return shape.count(batch) == 1
+    return shape.count(batch) <= 1 and not any(dim is None or _made_up(dim) for dim in shape)
+
+
+def _made_up(dim: Dim) -> bool:
+    """Symbols that shape inference invents for dimensions it could not compute."""
+    return isinstance(dim, str) and dim.startswith("unk__")
+
+
+# -- placing it ------------------------------------------------------------------------------------
+
+
+def _arrays(
+    graph: Graph, sources: Sequence[Tensor], baseline: Baseline
+) -> dict[str, np.ndarray]:
+    """The baseline of each source as an array, checked against its dtype and shape."""
+    names = [t.name for t in sources]
+    if isinstance(baseline, Mapping):
+        missing = [name for name in names if name not in baseline]
+        unknown = [name for name in baseline if name not in names]
+        if missing or unknown:
+            raise OptionError(
+                f"the baseline must hold one array for each of {names}"
+                + (f"; missing: {missing}" if missing else "")
+                + (f"; unknown: {unknown}" if unknown else "")
+            )
+        return {t.name: _fitted(graph, t, np.asarray(baseline[t.name])) for t in sources}
+    array = np.asarray(0.0 if isinstance(baseline, str) else baseline)
+    if array.ndim and len(sources) > 1:
+        raise OptionError(
+            f"{len(sources)} tensors are attributed ({', '.join(names)}): give the baseline as a "
+            "number, or as a mapping (.npz) with an array for each"
+        )
+    return {t.name: _fitted(graph, t, array) for t in sources}
+
+
+def _fitted(graph: Graph, tensor: Tensor, array: np.ndarray) -> np.ndarray:
+    """``array`` in the tensor's dtype and rank; OptionError if it does not fit."""
+    name, shape = tensor.name, graph.shape(tensor)
+    if array.dtype.kind not in "fiub":
+        raise OptionError(f"the baseline of '{name}' must be real numbers, not {array.dtype}")
+    if not np.isfinite(array).all():
+        raise OptionError(f"the baseline of '{name}' has entries that are not finite")
+    array = array.astype(graph.dtype(tensor))
+    if array.ndim == 0 or shape is None:
+        return array
+    if array.ndim == len(shape) - 1:
+        array = array[None]
+    if array.ndim != len(shape) or not all(
+        have in (1, want) or (axis > 0 and not isinstance(want, int))
+        for axis, (have, want) in enumerate(zip(array.shape, shape, strict=True))
+    ):
+        wanted = ", ".join("?" if dim is None else str(dim) for dim in shape)
+        raise OptionError(
+            f"the baseline of '{name}' has shape {list(array.shape)}; it must be a number, or "
+            f"fit [{wanted}] with batch 1"
+        )
+    return array
+
+
+def _constant(graph: Graph, tensor: Tensor, value: np.ndarray, shared: bool) -> Tensor:
+    """The baseline in the attributed tensor's shape (batch 1 if shared)."""
+    op, shape = graph.op, graph.shape(tensor)
+    wanted: Shape | None = (1, *shape[1:]) if shared and shape is not None else shape
+    fixed = static(wanted)
+    if fixed is not None and value.shape == fixed:
+        return graph.constant(value)
+    size = op.Shape(tensor) if fixed is None else graph.constant(fixed, np.int64)
+    if shared and fixed is None:
+        size = op.Concat(graph.constant([1], np.int64), op.Shape(tensor, start=1), axis=0)
+    placed = op.Expand(value, size)
+    placed.shape = None if wanted is None else list(wanted)
+    return placed
+
+
+def _input(graph: Graph, tensor: Tensor, shared: bool) -> Tensor:
+    """A graph input for the baseline: batch 1 or that of ``tensor``."""
+    name, shape = f"{tensor.name}_baseline", graph.shape(tensor)
+    if graph.find(name) is not None:
+        raise OptionError(f"the model already has a tensor named '{name}'; use a fixed baseline")
+    declared = shape
+    if shape and not isinstance(shape[0], int):
+        declared = (name + "_batch", *shape[1:])
+    given = graph.variable(name, tensor.dtype, declared)
+    graph.inputs.append(given)
+    if shared and shape is not None:
+        # Known as batch 1 from here on. At run time it may be N as well: both broadcast alike.
+        placed, known = graph.op.Identity(given), (1, *shape[1:])
+    else:
+        placed, known = graph.op.Expand(given, graph.op.Shape(tensor)), shape
+    placed.shape = None if known is None else list(known)
+    return placed

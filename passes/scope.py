@@ -1,0 +1,155 @@
+"""Find what lies between the attributed tensors and the explained output.
+
+Precondition: a normalized graph. Postcondition: ``job.scope`` is set; every node on a
+differentiable path has a rule; at least one path exists from each attributed tensor.
+Raises OptionError for names that do not exist or fit, UnsupportedOpError with all nodes that no
+rule covers, CompileError when the output does not depend on what is to be attributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnx_attrib import rules
+from onnx_attrib.errors import CompileError, OptionError, UnsupportedOpError, suggest
+from onnx_attrib.ir import Graph, Node, Tensor, is_float
+from onnx_attrib.job import Job, Scope
+from onnx_attrib.passes.differentiate import active_inputs, flow, offence
+
+
+def scope(job: Job) -> None:
+    """Choose output and attributed tensors, then trace the paths between them."""
+    graph = job.graph
+    graph.sort()
+    output = explained_output(graph, job.request.output)
+    upstream = ancestors(graph, output)
+    inputs = attributed_tensors(graph, job.request.inputs, upstream)
+    for tensor in inputs:
+        _check_reach(graph, tensor, output, upstream)
+
+    names = {tensor.name for tensor in inputs}
+    active = flow(upstream, names)
+    # Only what also leads to the output: walk back from it over active tensors.
+    nodes, needed = [], {output.name}
+    for node in reversed(upstream):
+        if any(t.name in needed for t in node.outputs):
+            indices = active_inputs(node, active)
+            if indices:
+                nodes.append(node)
+                needed.update(node.inputs[i].name for i in indices)
+    nodes.reverse()
+    _check_rules(nodes, active)
+    dependent, changing = [], set(names)
+    for node in upstream:
+        if any(t.name in changing for t in graph.uses(node)):
+            dependent.append(node)
+            changing.update(t.name for t in node.outputs if t.name)
+    shape = graph.shape(output)
+    batch = shape[0] if shape else None
+    job.scope = Scope(inputs, output, nodes, active & needed, dependent, batch)
+
+
+def explained_output(graph: Graph, name: str | None) -> Tensor:
+    """The tensor to explain: the named one, or the first float output."""
+    if name is None:
+        for tensor in graph.outputs:
+            if is_float(tensor.dtype):
+                return tensor
+        kinds = ", ".join(f"{t.name}: {t.dtype}" for t in graph.outputs)
+        raise CompileError(f"the model has no float output to explain ({kinds})")
+    return _float_tensor(graph, name, "output")
+
+
+def attributed_tensors(
+    graph: Graph, names: Sequence[str] | None, upstream: Sequence[Node]
+) -> list[Tensor]:
+    """The named tensors, else the float inputs that reach the output, else the embeddings."""
+    if names is not None:
+        if not names:
+            raise OptionError("no tensor to attribute was named")
+        if len(set(names)) != len(names):
+            raise OptionError("a tensor is named twice in inputs")
+        return [_float_tensor(graph, name, "input") for name in names]
+    used = {t.name for node in upstream for t in graph.uses(node)}
+    found = [t for t in graph.inputs if is_float(t.dtype) and t.name in used]
+    if found:
+        live = [t for t in found if _reaches(upstream, t)]
+        return live or found
+    embeddings = [
+        node.outputs[0]
+        for node in upstream
+        if node.op == "Gather"
+        and is_float(node.outputs[0].dtype)
+        and graph.value(node.inputs[0]) is not None
+        and len(graph.shape(node.inputs[0]) or ()) == 2
+        and graph.value(node.inputs[1]) is None
+    ]
+    if not embeddings:
+        kinds = ", ".join(f"{t.name}: {t.dtype}" for t in graph.inputs)
+        raise CompileError(
+            f"no float input reaches the output, and no embedding was found (inputs: {kinds}); "
+            "name an inner float tensor with inputs=[...] (--input)"
+        )
+    return embeddings
+
+
+def ancestors(graph: Graph, output: Tensor) -> list[Node]:
+    """The nodes that ``output`` depends on, sorted."""
+    return graph.prune(graph.nodes, [output])
+
+
+def _reaches(upstream: Sequence[Node], tensor: Tensor) -> bool:
+    reached = flow(upstream, {tensor.name})
+    last = upstream[-1].outputs if upstream else []
+    return any(t.name in reached for t in last)
+
+
+def _float_tensor(graph: Graph, name: str, role: str) -> Tensor:
+    tensor = graph.find(name)
+    if tensor is None:
+        raise OptionError(
+            f"the model has no tensor '{name}' to use as {role}: "
+            f"{suggest(name, list(graph.tensors()))}"
+        )
+    if not is_float(tensor.dtype):
+        kind = "of unknown type" if tensor.dtype is None else str(np.dtype(tensor.dtype))
+        advice = "; attribute the output of its embedding instead" if role == "input" else ""
+        raise OptionError(f"tensor '{name}' is {kind}, not float: no attribution{advice}")
+    if role == "input" and graph.value(tensor) is not None:
+        raise OptionError(f"tensor '{name}' is a constant of the model, not a value it computes")
+    return tensor
+
+
+def _check_reach(graph: Graph, tensor: Tensor, output: Tensor, upstream: list[Node]) -> None:
+    if tensor.name == output.name:
+        raise OptionError(f"tensor '{tensor.name}' is the explained output itself")
+    if output.name in flow(upstream, {tensor.name}):
+        return
+    changing, cut = {tensor.name}, []
+    for node in upstream:
+        if any(t.name in changing for t in graph.uses(node)):
+            changing.update(t.name for t in node.outputs if t.name)
+            if not active_inputs(node, changing):
+                cut.append(node)
+    if output.name not in changing:
+        raise CompileError(f"output '{output.name}' does not depend on '{tensor.name}'")
+    where = ", ".join(f"{node.op} '{node.name or node.outputs[0].name}'" for node in cut[:5])
+    raise CompileError(
+        f"no derivative flows from output '{output.name}' to '{tensor.name}': every path is cut "
+        f"by an operator without one ({where}{', …' if len(cut) > 5 else ''})"
+    )
+
+
+def _check_rules(nodes: Sequence[Node], active: set[str]) -> None:
+    missing = [
+        offence(node, "no rule for this operator")
+        for node in nodes
+        if not rules.known(node.op, node.domain)
+    ]
+    if missing:
+        raise UnsupportedOpError(
+            missing,
+            "Attribute a tensor behind these nodes (--input NAME), or see 'onnx-attrib inspect'.",
+        )
