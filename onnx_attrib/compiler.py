@@ -24,7 +24,7 @@ from onnx_attrib.passes.simplify import simplify
 from onnx_attrib.passes.target import target as choose_target
 
 
-def compile(  # noqa: A001  (the contract's name; modules call it onnx_attrib.compile)
+def compile(
     model: Source,
     method: str = "deeplift",
     *,
@@ -127,9 +127,7 @@ def _checked_target(target: Any) -> Target:
                 f"target '{target}' is not one of input, argmax, seed, an index or a tuple of them"
             )
         return target
-    if isinstance(target, bool) or not isinstance(
-        target, int | np.integer | Sequence | np.ndarray
-    ):
+    if isinstance(target, bool) or not isinstance(target, int | np.integer | Sequence | np.ndarray):
         raise OptionError(f"target {target!r} is not an index, a tuple of indices, or a mode")
     if isinstance(target, int | np.integer):
         return int(target)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -24,8 +24,8 @@ OPSET = 21
 IR_VERSION = 10
 """Emitted IR version, the one that belongs to opset 21."""
 
-Tensor = gs.Tensor
-Node = gs.Node
+Tensor: TypeAlias = gs.Tensor
+Node: TypeAlias = gs.Node
 Dim = int | str | None
 Shape = tuple[Dim, ...]
 
@@ -131,7 +131,8 @@ class Emitter:
     """Emits operators by their ONNX names: ``op.Mul(a, b)``, ``op.Split(x, outputs=2)``.
 
     Operands may be tensors, numpy arrays, None (an optional input left out), lists of integers
-    (int64 constants) or Python numbers, which take the dtype of the first operand that is a number (a float, for a float).
+    (int64 constants) or Python numbers, which take the dtype of the first operand that is a number
+    (a float, for a float).
     One output is returned as a tensor, several as a tuple. Attributes that are None are left out.
     """
 
@@ -200,15 +201,15 @@ class Graph:
 
     @property
     def nodes(self) -> list[Node]:
-        return self.gs.nodes  # type: ignore[no-any-return]
+        return self.gs.nodes
 
     @property
     def inputs(self) -> list[Tensor]:
-        return self.gs.inputs  # type: ignore[no-any-return]
+        return self.gs.inputs
 
     @property
     def outputs(self) -> list[Tensor]:
-        return self.gs.outputs  # type: ignore[no-any-return]
+        return self.gs.outputs
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -522,10 +523,22 @@ class Graph:
     def subgraph(
         self, name: str, nodes: Sequence[Node], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> GraphProto:
-        """Seal ``nodes`` as a subgraph; constants and outer tensors are captured by name."""
+        """Seal ``nodes`` as a subgraph; constants and outer tensors are captured by name.
+
+        What does not depend on the subgraph's inputs is emitted outside instead: it is computed
+        once, not in every iteration.
+        """
         live = self.prune(self.sorted(nodes), outputs)
+        varying = {tensor.name for tensor in inputs}
+        inner: list[Node] = []
+        for node in live:
+            if any(tensor.name in varying for tensor in self.uses(node)):
+                varying.update(tensor.name for tensor in node.outputs)
+                inner.append(node)
+            else:
+                self._sink.append(node)
         return helper.make_graph(
-            [self.proto(node) for node in live],
+            [self.proto(node) for node in inner],
             name,
             [OnnxExporter.export_value_info_proto(tensor, True) for tensor in inputs],
             [OnnxExporter.export_value_info_proto(tensor, True) for tensor in outputs],

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import TypeAlias
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -17,7 +18,7 @@ PROTOBUF_LIMIT = 2**31 - 1
 """A protobuf message cannot be written past 2 GiB; weights then go beside the file."""
 _MARGIN = 2**24
 
-Source = str | os.PathLike[str] | bytes | ModelProto
+Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto
 
 
 def load(source: Source) -> tuple[ModelProto, str]:

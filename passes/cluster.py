@@ -17,9 +17,10 @@ from onnx_attrib.rules.broadcast import same_shape
 
 # Elementwise operators that are not of the Elementwise class because of their other operands.
 _POINTWISE = frozenset(
-    "Add Sub Mul Div Neg Sum Mean Max Min Pow Where Identity Cast Dropout PRelu Clip Mod "
-    "Greater GreaterOrEqual Less LessOrEqual Equal And Or Xor Not IsNaN IsInf "
-    "Sign Floor Ceil Round".split()
+    """
+    Add Sub Mul Div Neg Sum Mean Max Min Pow Where Identity Cast Dropout PRelu Clip Mod
+    Greater GreaterOrEqual Less LessOrEqual Equal And Or Xor Not IsNaN IsInf Sign Floor Ceil Round
+    """.split()
 )
 _LARGEST = 64
 
@@ -40,9 +41,7 @@ def cluster(job: Job) -> None:
             job.clusters[found.output.name] = found
 
 
-def _region(
-    job: Job, last: Node, varying: set[str], order: dict[str, int]
-) -> Cluster | None:
+def _region(job: Job, last: Node, varying: set[str], order: dict[str, int]) -> Cluster | None:
     graph, output = job.graph, last.outputs[0]
     inner: dict[int, Node] = {}
     frontier: dict[str, Tensor] = {}

@@ -87,7 +87,7 @@ class Sweep:
                 result[name] = total
         return result
 
-    def decompose(self, site: Site, rule: Composite) -> Shares:
+    def decompose(self, site: Site, rule: Composite, table: Table | None = None) -> Shares:
         """Sweep through the operator's definition, emitted at both points."""
         graph, reference = self.graph, None
         with graph.record() as nodes:
@@ -104,7 +104,7 @@ class Sweep:
         }
         wanted = {site.x(i).name: i for i in reversed(site.active)}
         active = flow(nodes, set(wanted))
-        inner = Sweep(graph, self.table, Values(), reference, {}, self.reference_dims)
+        inner = Sweep(graph, table or self.table, Values(), reference, {}, self.reference_dims)
         shares = inner.run(nodes, active, seeds, wanted)
         return {wanted[name]: share for name, share in shares.items()}
 
@@ -157,7 +157,12 @@ class Sweep:
                 for m, y in zip(site.cotangents, site.outputs, strict=True)
             ]
             site = replace(site, cotangents=full)
-        shares = self.table[type(rule)](self, site, rule)
+        try:
+            shares = self.table[type(rule)](self, site, rule)
+        except UnsupportedOpError as inner:
+            # In the operator's definition; the user knows only the operator.
+            reasons = "; ".join(offence.reason for offence in inner.offences)
+            raise Unsupported(reasons) from inner
         if rule.broadcasts:
             return {i: unbroadcast(site, m, site.x(i), site.y) for i, m in shares.items()}
         return {i: self._refined(m, site.x(i)) for i, m in shares.items()}

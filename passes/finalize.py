@@ -42,7 +42,7 @@ def _output(graph: Graph, value: Tensor, name: str, like: Tensor | None) -> Tens
     if like is not None:
         named.shape = None if like.shape is None else list(like.shape)
     graph.outputs.append(named)
-    return named  # type: ignore[no-any-return]
+    return named
 
 
 def _residual(job: Job, attributions: list[Tensor]) -> Tensor:
@@ -60,14 +60,14 @@ def _residual(job: Job, attributions: list[Tensor]) -> Tensor:
         total = part if total is None else op.Add(total, part)
     difference = op.Sub(output, job.reference(output))
     change = _per_sample(graph, op.Mul(job.seed, difference))
-    return op.Sub(total, change)  # type: ignore[no-any-return]
+    return op.Sub(total, change)
 
 
 def _per_sample(graph: Graph, tensor: Tensor) -> Tensor:
     rank = len(graph.shape(tensor) or ())
     if rank == 0:
-        return graph.op.Reshape(tensor, [1])  # type: ignore[no-any-return]
-    return graph.op.ReduceSum(graph.op.Flatten(tensor, axis=1), [1], keepdims=0)  # type: ignore[no-any-return]
+        return graph.op.Reshape(tensor, [1])
+    return graph.op.ReduceSum(graph.op.Flatten(tensor, axis=1), [1], keepdims=0)
 
 
 def _metadata(job: Job) -> dict[str, str]:

@@ -16,6 +16,7 @@ from onnx_attrib.job import Job
 from onnx_attrib.methods.base import Path
 from onnx_attrib.passes.differentiate import Sweep
 from onnx_attrib.passes.reference import batch_symbol, captured, keeps_batch_apart, outermost
+from onnx_attrib.passes.simplify import share
 from onnx_attrib.rules.broadcast import is_full
 
 
@@ -29,7 +30,8 @@ def integrate(job: Job) -> None:
     groups = len(path.points) if batch is None else -(-len(path.points) // path.chunk)
     table = _grouped(path, groups, graph.dtype(job.scope.inputs[0]))
     if groups == 1:
-        job.multipliers = _weighted(job, *map(graph.constant, table[0]), batch)
+        points, weights = (graph.constant(row) for row in table[0])
+        job.multipliers = _weighted(job, points, weights, batch)
         return
     start = [_zeros(graph, t) for t in job.scope.inputs]
     number = graph.variable(graph.fresh("attrib/iteration"), np.int64, ())
@@ -44,11 +46,12 @@ def integrate(job: Job) -> None:
         points, weights = (op.Gather(row, graph.constant(i, np.int64), axis=0) for i in (0, 1))
         parts = _weighted(job, points, weights, batch)
         sums = [
-            op.Add(total, parts[name])
-            for total, name in zip(carried, job.scope.names, strict=True)
+            op.Add(total, parts[name]) for total, name in zip(carried, job.scope.names, strict=True)
         ]
         still = op.Identity(go_on)
-    body = graph.subgraph("path", nodes, [number, go_on, *carried], [still, *sums])
+    results = [still, *sums]
+    nodes = share(graph, graph.sorted(nodes), {t.name for t in results})
+    body = graph.subgraph("path", nodes, [number, go_on, *carried], results)
     totals = op.Loop(graph.constant(groups, np.int64), None, *start, body=body, outputs=len(start))
     for tensor, total in zip(
         job.scope.inputs, totals if isinstance(totals, tuple) else (totals,), strict=True
@@ -83,9 +86,7 @@ def _stackable(job: Job) -> str | None:
     return batch
 
 
-def _weighted(
-    job: Job, points: Tensor, weights: Tensor, batch: str | None
-) -> dict[str, Tensor]:
+def _weighted(job: Job, points: Tensor, weights: Tensor, batch: str | None) -> dict[str, Tensor]:
     """Σ weight · multiplier over one group of points; ``points`` and ``weights`` are [size]."""
     graph, op, scope = job.graph, job.graph.op, job.scope
     sources = outermost(job)
@@ -103,9 +104,7 @@ def _weighted(
                 placed[tensor.name] = _tiled(graph, tensor, batch, size)
     values = graph.replicate(scope.dependent, placed, dims)
     seeds = {scope.output.name: seed}
-    multipliers = Sweep(graph, job.table, values).run(
-        scope.nodes, scope.active, seeds, scope.names
-    )
+    multipliers = Sweep(graph, job.table, values).run(scope.nodes, scope.active, seeds, scope.names)
     result = {}
     for tensor in scope.inputs:
         m, here = multipliers[tensor.name], values(tensor)
@@ -147,6 +146,4 @@ def _tiled(graph: Graph, tensor: Tensor, batch: str, size: int) -> Tensor:
 
 
 def _zeros(graph: Graph, tensor: Tensor) -> Tensor:
-    return graph.op.ConstantOfShape(
-        graph.op.Shape(tensor), value=np.zeros(1, graph.dtype(tensor))
-    )
+    return graph.op.ConstantOfShape(graph.op.Shape(tensor), value=np.zeros(1, graph.dtype(tensor)))

@@ -52,7 +52,9 @@ def outermost(job: Job) -> list[Tensor]:
 def _model_inputs(job: Job) -> list[Tensor]:
     """The model inputs that the attributed tensors are, or are computed from."""
     graph = job.graph
-    needed = {t.name for node in graph.prune(graph.nodes, job.scope.inputs) for t in graph.uses(node)}
+    needed = {
+        t.name for node in graph.prune(graph.nodes, job.scope.inputs) for t in graph.uses(node)
+    }
     needed |= set(job.scope.names)
     return [t for t in graph.inputs if t.name in needed]
 
@@ -125,9 +127,7 @@ def _made_up(dim: Dim) -> bool:
 # -- placing it ------------------------------------------------------------------------------------
 
 
-def _arrays(
-    graph: Graph, sources: Sequence[Tensor], baseline: Baseline
-) -> dict[str, np.ndarray]:
+def _arrays(graph: Graph, sources: Sequence[Tensor], baseline: Baseline) -> dict[str, np.ndarray]:
     """The baseline of each source as an array, checked against its dtype and shape."""
     names = [t.name for t in sources]
     if isinstance(baseline, Mapping):
@@ -200,8 +200,9 @@ def _input(graph: Graph, tensor: Tensor, shared: bool) -> Tensor:
     graph.inputs.append(given)
     if shared and shape is not None:
         # Known as batch 1 from here on. At run time it may be N as well: both broadcast alike.
-        placed, known = graph.op.Identity(given), (1, *shape[1:])
+        placed = graph.op.Identity(given)
+        placed.shape = [1, *shape[1:]]
     else:
-        placed, known = graph.op.Expand(given, graph.op.Shape(tensor)), shape
-    placed.shape = None if known is None else list(known)
+        placed = graph.op.Expand(given, graph.op.Shape(tensor))
+        placed.shape = None if shape is None else list(shape)
     return placed

@@ -11,48 +11,50 @@ or common subexpressions. Rewrites, each with its reason:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from onnx import NodeProto
+
 from onnx_attrib.ir import Graph, Node, Tensor, subgraphs
 
 
 def simplify(graph: Graph) -> None:
     """Sort, share, prune."""
     graph.sort()
-    _share(graph)
-    graph.nodes[:] = graph.prune(graph.nodes, graph.outputs)
+    shared = share(graph, graph.nodes, {t.name for t in graph.outputs})
+    graph.nodes[:] = graph.prune(shared, graph.outputs)
 
 
-def _share(graph: Graph) -> None:
-    """Merge nodes that compute the same."""
-    protected = {t.name for t in graph.outputs}
+def share(graph: Graph, nodes: Sequence[Node], protected: set[str]) -> list[Node]:
+    """``nodes`` (sorted) without those that compute what an earlier one does.
+
+    Tensors named in ``protected`` keep their producers.
+    """
     first: dict[bytes, Node] = {}
     renamed: dict[str, Tensor] = {}
     kept = []
-    for node in graph.nodes:
+    for node in nodes:
         graph.rewire(node, renamed)
-        proto = graph.proto(node)
-        if proto.op_type.startswith("Random") or any(True for _ in subgraphs(proto)):
+        key = _fingerprint(graph.proto(node))
+        twin = first.setdefault(key, node) if key else node
+        if twin is node or any(t.name in protected for t in node.outputs):
             kept.append(node)
             continue
-        proto.ClearField("name")
-        proto.ClearField("output")
-        proto.ClearField("doc_string")
-        proto.ClearField("metadata_props")
-        key = proto.SerializeToString(deterministic=True)
-        twin = first.get(key)
-        outputs = {t.name for t in node.outputs if t.name}
-        if twin is None:
-            first[key] = node
-        elif outputs & protected:
-            kept.append(node)
-            continue
-        else:
-            for i, tensor in enumerate(node.outputs):
-                if not tensor.name:
-                    continue
-                if i < len(twin.outputs) and twin.outputs[i].name:
-                    renamed[tensor.name] = twin.outputs[i]
-                else:
-                    graph.give_output(twin, i, tensor)
-            continue
-        kept.append(node)
-    graph.nodes[:] = kept
+        for i, tensor in enumerate(node.outputs):
+            if i < len(twin.outputs) and twin.outputs[i].name:
+                renamed[tensor.name] = twin.outputs[i]
+            elif tensor.name:
+                graph.give_output(twin, i, tensor)
+    return kept
+
+
+def _fingerprint(proto: NodeProto) -> bytes | None:
+    """Equal for nodes that compute the same; None for those that must not be shared."""
+    if proto.op_type.startswith("Random") or any(True for _ in subgraphs(proto)):
+        return None
+    for field in ("name", "output", "doc_string", "metadata_props"):
+        proto.ClearField(field)
+    attributes = sorted(proto.attribute, key=lambda attribute: attribute.name)
+    del proto.attribute[:]
+    proto.attribute.extend(attributes)
+    return proto.SerializeToString(deterministic=True)

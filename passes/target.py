@@ -88,7 +88,9 @@ def _largest(graph: Graph, output: Tensor) -> Tensor:
     op = graph.op
     flat = op.Flatten(output, axis=1)
     best = op.ArgMax(flat, axis=1, keepdims=1)
-    places = op.Range(_scalar(graph, 0), op.Squeeze(op.Shape(flat, start=1), [0]), _scalar(graph, 1))
+    places = op.Range(
+        _scalar(graph, 0), op.Squeeze(op.Shape(flat, start=1), [0]), _scalar(graph, 1)
+    )
     seed = op.Cast(op.Equal(places, best), to=graph.dtype(output))
     seed = op.Reshape(seed, op.Shape(output))
     seed.shape = list(output.shape)
@@ -102,12 +104,18 @@ def _one_hot(graph: Graph, output: Tensor, index: Tensor) -> Tensor:
     """
     op, rank = graph.op, len(graph.shape(output) or ())
     dtype, shape = graph.dtype(output), graph.shape(output) or ()
-    columns = [index] if rank == 2 else list(op.Split(index, axis=1, num_outputs=rank - 1, outputs=rank - 1))
+    columns = (
+        [index]
+        if rank == 2
+        else list(op.Split(index, axis=1, num_outputs=rank - 1, outputs=rank - 1))
+    )
     predicted = op.ArgMax(output, axis=1, keepdims=0)
     for axis in range(2, rank):
         # The position's own class: pick along each further axis in turn.
         where = _spread(graph, columns[axis - 1], rank - axis)
-        predicted = op.Squeeze(op.GatherElements(predicted, _rows(graph, where, predicted), axis=1), [1])
+        predicted = op.Squeeze(
+            op.GatherElements(predicted, _rows(graph, where, predicted), axis=1), [1]
+        )
     predicted = op.Unsqueeze(predicted, [1])
     columns[0] = op.Where(op.Less(columns[0], 0), predicted, columns[0])
     mask, valid = None, None
@@ -124,9 +132,7 @@ def _one_hot(graph: Graph, output: Tensor, index: Tensor) -> Tensor:
         inside = op.And(op.Less(column, count), op.GreaterOrEqual(column, 0))
         mask = hit if mask is None else op.And(mask, hit)
         valid = inside if valid is None else op.And(valid, inside)
-    one = op.Where(
-        _spread(graph, valid, rank - 1), np.ones((), dtype), np.array(np.nan, dtype)
-    )
+    one = op.Where(_spread(graph, valid, rank - 1), np.ones((), dtype), np.array(np.nan, dtype))
     seed = op.Where(mask, one, op.Sub(one, one))
     seed.shape = list(shape)
     return seed

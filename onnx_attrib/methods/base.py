@@ -30,8 +30,8 @@ Options = Mapping[str, Any]
 class Sweeper(Protocol):
     """What a treatment may ask of the sweep that applies it."""
 
-    def decompose(self, site: Site, rule: Composite) -> Shares:
-        """Sweep through the operator's definition instead of the operator."""
+    def decompose(self, site: Site, rule: Composite, table: Table | None = None) -> Shares:
+        """Sweep through the operator's definition (by ``table``, or the method's own)."""
 
 
 Treatment = Callable[[Sweeper, Site, Any], Shares]
@@ -144,26 +144,28 @@ def winner_takes_all(sweep: Sweeper, site: Site, rule: MaxLike) -> Shares:
 
 def fused(sweep: Sweeper, site: Site, rule: Composite) -> Shares:
     """The operator's own gradient where it has one, else that of its definition."""
-    if rule.pull is None:
-        return sweep.decompose(site, rule)
+    if rule.pull is None or any(m is not None for m in site.cotangents[1:]):
+        return sweep.decompose(site, rule, GRADIENT)
     return {i: rule.pull(site, i) for i in site.active}
 
 
-def definition(sweep: Sweeper, site: Site, rule: Composite) -> Shares:
-    """Sweep through the operator's definition."""
-    return sweep.decompose(site, rule)
+def conserving(sweep: Sweeper, site: Site, rule: Composite) -> Shares:
+    """The operator's own conserving rule where it has one, else through its definition."""
+    if rule.difference is None or any(m is not None for m in site.cotangents[1:]):
+        return sweep.decompose(site, rule)
+    return {i: rule.difference(site, i) for i in site.active}
 
 
 def scale(site: Site, m: Tensor, factor: Tensor) -> Tensor:
     """m · factor, where a Boolean factor is a mask."""
-    if site.graph.dtype(factor) == bool:
+    if site.graph.dtype(factor).kind == "b":
         return site.op.Where(factor, m, 0.0)
     return site.op.Mul(m, factor)
 
 
 def numeric(site: Site, slope: Tensor) -> Tensor:
     """A Boolean mask as numbers."""
-    if site.graph.dtype(slope) == bool:
+    if site.graph.dtype(slope).kind == "b":
         return site.op.Cast(slope, to=site.graph.dtype(site.y))
     return slope
 

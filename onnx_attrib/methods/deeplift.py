@@ -23,7 +23,7 @@ from onnx_attrib.methods.base import (
     Shares,
     Sweeper,
     Table,
-    definition,
+    conserving,
     numeric,
     scale,
     vjp,
@@ -73,9 +73,7 @@ def conserve(sweep: Sweeper, site: Site, rule: MaxLike) -> Shares:
     """
     op, reference = site.op, at_reference(site)
     rose = op.GreaterOrEqual if rule.sense > 0 else op.LessOrEqual
-    position = op.Where(
-        rose(site.y, reference.y), rule.winner(site), rule.winner(reference)
-    )
+    position = op.Where(rose(site.y, reference.y), rule.winner(site), rule.winner(reference))
     steps = [
         None if x is None or r is None or x.name == r.name else op.Sub(x, r)
         for x, r in zip(site.inputs, reference.inputs, strict=True)
@@ -99,7 +97,7 @@ def _table(options: Options) -> Table:
         Bilinear: midpoint if options["product"] == "midpoint" else vjp,
         Elementwise: rescale,
         MaxLike: conserve if options["maxpool"] == "conserve" else winner_takes_all,
-        Composite: definition,
+        Composite: conserving,
     }
 
 

@@ -29,9 +29,7 @@ def ratio(epsilon: float) -> Treatment:
         stabilizer = op.Where(op.Less(z, 0.0), op.Sub(z, epsilon), op.Add(z, epsilon))
         quotient = op.Div(site.y, stabilizer)
         slope = numeric(site, rule.derivative(site))
-        return {
-            rule.operand: scale(site, site.m, op.Where(op.Equal(z, 0.0), slope, quotient))
-        }
+        return {rule.operand: scale(site, site.m, op.Where(op.Equal(z, 0.0), slope, quotient))}
 
     return treat
 

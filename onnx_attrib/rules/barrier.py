@@ -2,9 +2,11 @@
 
 from onnx_attrib.rules.base import Barrier, add
 
-for name in (
-    "And ArgMax ArgMin BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil ConstantOfShape "
-    "Equal EyeLike Floor Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not OneHot Or "
-    "Range Round Shape Sign Size Xor"
-).split():
+NAMES = """
+And ArgMax ArgMin BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil ConstantOfShape Equal
+EyeLike Floor Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not OneHot Or Range Round
+Shape Sign Size Xor
+"""
+
+for name in NAMES.split():
     add(Barrier(op=name))

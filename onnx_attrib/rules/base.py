@@ -174,8 +174,8 @@ class Elementwise(Rule):
     ``derivative(site)`` is f'(z), or a Boolean mask of where it is one (zero elsewhere), which
     costs one operator less and keeps NaN and infinities out. ``secant(site)`` is
     (f(z) − f(z̄)) / (z − z̄) where a closed form is better than the quotient, or None where this
-    node has none. ``piecewise``: f is piecewise linear, so the quotient needs no smoothing near z = z̄. ``relu_like``: guided
-    backprop and deconvnet change this operator.
+    node has none. ``piecewise``: f is piecewise linear, so the quotient needs no smoothing near
+    z = z̄. ``relu_like``: guided backprop and deconvnet change this operator.
     """
 
     derivative: Callable[[Site], Tensor]
@@ -208,11 +208,13 @@ class Composite(Rule):
     """Defined by other operators: ``decompose(site)`` emits the definition at ``site.inputs``.
 
     It returns one tensor per output (None for one that nothing can flow back from). ``pull`` is
-    a fused gradient, where there is one.
+    a fused gradient and ``difference`` a fused conserving rule, both of the first output, where
+    there is one.
     """
 
     decompose: Callable[[Site], Sequence[Tensor | None]]
     pull: Pull | None = None
+    difference: Pull | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,13 +249,13 @@ def known(op: str, domain: str | None) -> bool:
 def blocked(op: str, domain: str | None) -> frozenset[int]:
     """Inputs through which no derivative flows, whatever is active."""
     rows = _TABLE.get((_domain(domain), op), ())
-    return rows[0].blocked if rows else frozenset()
+    return next((row.blocked for row in rows), frozenset())
 
 
 def is_barrier(op: str, domain: str | None) -> bool:
     """Whether no derivative flows through the operator at all."""
     rows = _TABLE.get((_domain(domain), op), ())
-    return bool(rows) and isinstance(rows[0], Barrier)
+    return any(isinstance(row, Barrier) for row in rows)
 
 
 def table() -> Iterator[Rule]:

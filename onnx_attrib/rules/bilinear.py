@@ -87,7 +87,7 @@ def matmul_pull(s: Site, i: int) -> Tensor:
         return op.Squeeze(share, [-2])
     if i == 1 and column_vector:
         return op.Squeeze(share, [-1])
-    return share  # type: ignore[no-any-return]
+    return share
 
 
 add(Bilinear(op="MatMul", pull=matmul_pull, broadcasts=True))
@@ -110,7 +110,7 @@ def gemm_pull(s: Site, i: int) -> Tensor:
         left, right, turned = s.x(0), m, (int(not a_turned), 0)
         if b_turned:
             left, right, turned = m, s.x(0), (1, int(a_turned))
-    return op.Gemm(  # type: ignore[no-any-return]
+    return op.Gemm(
         left, right, alpha=alpha, transA=turned[0], transB=turned[1]
     )
 

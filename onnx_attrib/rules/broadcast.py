@@ -8,6 +8,7 @@ operand's shape. Both are done statically where shapes are known and at run time
 from __future__ import annotations
 
 import numpy as np
+
 from onnx_attrib.ir import Dim, Graph, Shape, Tensor
 from onnx_attrib.rules.base import Site
 
@@ -91,9 +92,7 @@ def _sum_at_run_time(site: Site, m: Tensor, operand: Tensor) -> Tensor:
     """Compare both shapes in the graph, sum where they differ, drop leading axes."""
     op = site.op
     have, want = op.Shape(m), op.Shape(operand)
-    padding = op.Expand(
-        site.graph.constant([1], np.int64), op.Sub(op.Shape(have), op.Shape(want))
-    )
+    padding = op.Expand(site.graph.constant([1], np.int64), op.Sub(op.Shape(have), op.Shape(want)))
     aligned = op.Concat(padding, want, axis=0)
     differs = op.Not(op.Equal(have, aligned))
     axes = op.Squeeze(op.NonZero(differs), [0])

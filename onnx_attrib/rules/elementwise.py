@@ -14,10 +14,12 @@ import numpy as np
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Elementwise, Linear, Site, add, only
 
+Slope = Callable[[Site], Tensor]
+
 
 def row(
     op: str,
-    derivative: Callable[[Site], Tensor],
+    derivative: Slope,
     *,
     secant: Callable[[Site], Tensor | None] | None = None,
     operand: int = 0,
@@ -155,7 +157,7 @@ def softsign_slope(s: Site) -> Tensor:
 row("Softsign", softsign_slope)
 
 
-def exponential_unit(alpha: Callable[[Site], float], scale: Callable[[Site], float]) -> Callable:
+def exponential_unit(alpha: Callable[[Site], float], scale: Callable[[Site], float]) -> Slope:
     """Slope of scale · (z if z > 0 else α(e^z − 1)): below zero it is y + scale · α."""
 
     def slope(s: Site) -> Tensor:

@@ -18,8 +18,8 @@ def back_to_input(s: Site, i: int) -> Tensor:
 def inverse_transpose(s: Site, i: int) -> Tensor:
     order = s.attr("perm")
     if order is None:
-        return s.op.Transpose(s.m)  # type: ignore[no-any-return]
-    return s.op.Transpose(s.m, perm=[int(k) for k in np.argsort(order)])  # type: ignore[no-any-return]
+        return s.op.Transpose(s.m)
+    return s.op.Transpose(s.m, perm=[int(k) for k in np.argsort(order)])
 
 
 for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):

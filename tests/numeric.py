@@ -1,0 +1,556 @@
+"""Numeric checks that come from outside the compiler.
+
+Gradients are held against central differences of ``onnx.reference.ReferenceEvaluator`` run in
+float64, DeepLIFT against the difference that the source model itself makes between input and
+baseline. Nothing here reads the compiler's rules: a wrong rule cannot make its own check pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx.numpy_helper import from_array, to_array
+from onnx.reference import ReferenceEvaluator
+
+import onnx_attrib
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Feeds = Mapping[str, Array]
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+"""Element types that carry a derivative."""
+NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+# Attributes that hold an element type, by any of the names that ONNX gives them.
+_TYPE_ATTRIBUTES = frozenset(
+    {"to", "dtype", "output_dtype", "output_datatype", "stash_type", "softmax_precision"}
+)
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph and every graph inside it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node or inner.output:
+                    yield from graphs(inner)
+
+
+def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
+    """Every node of a model: those of subgraphs and of local functions too."""
+    for graph in graphs(model.graph):
+        yield from graph.node
+    for function in model.functions:
+        for node in function.node:
+            yield node
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    for graph in graphs(inner):
+                        yield from graph.node
+
+
+def element_type(info: onnx.ValueInfoProto) -> int:
+    """The element type of a tensor; 0 for a sequence or an optional."""
+    return int(info.type.tensor_type.elem_type)
+
+
+def float_inputs(model: ModelProto) -> list[str]:
+    """Names of the float graph inputs that are not initializers."""
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    return [
+        info.name
+        for info in model.graph.input
+        if info.name not in fixed and element_type(info) in FLOATS
+    ]
+
+
+def is_narrow(model: ModelProto) -> bool:
+    """Whether the model computes in 16 bits anywhere."""
+    infos = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    types = {element_type(info) for info in infos}
+    types |= {tensor.data_type for tensor in model.graph.initializer}
+    for node in all_nodes(model):
+        types |= {a.i for a in node.attribute if a.name in ("to", "dtype")}
+        types |= {a.t.data_type for a in node.attribute if a.type == AttributeProto.TENSOR}
+    return bool(types.intersection(NARROW))
+
+
+def joined(model: ModelProto) -> tuple[ModelProto, str]:
+    """The model with one float output to explain, and that output's name.
+
+    Several float outputs are flattened and concatenated into one more output, so that a random
+    cotangent reaches all of them at once.
+    """
+    floats = [info for info in model.graph.output if element_type(info) in FLOATS]
+    if len(floats) == 1:
+        return model, floats[0].name
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph, kind = result.graph, element_type(floats[0])
+    graph.initializer.append(from_array(np.array([-1], np.int64), "joined/flat"))
+    parts = []
+    for info in floats:
+        part = f"joined/{info.name}"
+        graph.node.append(helper.make_node("Reshape", [info.name, "joined/flat"], [part]))
+        if element_type(info) != kind:
+            graph.node.append(helper.make_node("Cast", [part], [f"{part}/cast"], to=kind))
+            part = f"{part}/cast"
+        parts.append(part)
+    graph.node.append(helper.make_node("Concat", parts, ["joined"], axis=0))
+    graph.output.append(helper.make_tensor_value_info("joined", kind, ["joined_length"]))
+    return result, "joined"
+
+
+def frozen(model: ModelProto, values: Feeds) -> ModelProto:
+    """The model with some of its inputs turned into initializers."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    infos = [info for info in result.graph.input if info.name not in values]
+    types = {info.name: element_type(info) for info in model.graph.input}
+    del result.graph.input[:]
+    result.graph.input.extend(infos)
+    for name, value in values.items():
+        tensor = from_array(np.asarray(value), name)
+        assert tensor.data_type == types[name], f"{name}: {value.dtype}"
+        result.graph.initializer.append(tensor)
+    return result
+
+
+def symbolic(model: ModelProto, axes: Callable[[str, int], str | None]) -> ModelProto:
+    """The model with dimensions of its inputs renamed: ``axes(input, axis)`` is the symbol.
+
+    Declared shapes of the outputs are forgotten, and inferred again where ONNX can.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    for info in result.graph.input:
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+            symbol = axes(info.name, axis)
+            if symbol is not None:
+                dim.dim_param = symbol
+    ranks = {i.name: len(i.type.tensor_type.shape.dim) for i in result.graph.output}
+    del result.graph.value_info[:]
+    for info in result.graph.output:
+        info.type.tensor_type.ClearField("shape")
+    result = onnx.shape_inference.infer_shapes(result)
+    for info in result.graph.output:
+        shape = info.type.tensor_type.shape
+        if not info.type.tensor_type.HasField("shape"):
+            shape.SetInParent()
+            for _ in range(ranks[info.name]):
+                shape.dim.add()
+        for axis, dim in enumerate(shape.dim):
+            if not dim.HasField("dim_value") and not dim.dim_param:
+                dim.dim_param = f"{info.name}_{axis}"
+    return result
+
+
+def shape_only(model: ModelProto) -> ModelProto:
+    """A copy of the model without anything but what is computed (no declared inner shapes)."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    del result.graph.value_info[:]
+    return result
+
+
+# -- onnxruntime -----------------------------------------------------------------------------------
+
+
+def session(model: ModelProto, optimize: bool = True) -> ort.InferenceSession:
+    """The model in onnxruntime, on the CPU, with one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(model: ModelProto | ort.InferenceSession, feeds: Feeds) -> dict[str, Array]:
+    """Every output by name; feeds that the model has no input for are left out."""
+    held = session(model) if isinstance(model, ModelProto) else model
+    wanted = {info.name for info in held.get_inputs()}
+    names = [info.name for info in held.get_outputs()]
+    values = held.run(names, {k: v for k, v in feeds.items() if k in wanted})
+    return dict(zip(names, values, strict=True))
+
+
+# -- float64 ---------------------------------------------------------------------------------------
+
+
+def widened(model: ModelProto) -> ModelProto:
+    """The same computation in float64: weights, constants, casts and declared types.
+
+    Casts to a narrower float become casts to float64, which is the function whose derivative a
+    network in mixed precision stands for. Other types stay.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    for graph in graphs(result.graph):
+        _widen_graph(graph)
+    for node in all_nodes(result):
+        _widen_node(node)
+    return result
+
+
+def _widen_graph(graph: GraphProto) -> None:
+    del graph.value_info[:]
+    for info in (*graph.input, *graph.output):
+        if element_type(info) in FLOATS:
+            info.type.tensor_type.elem_type = TensorProto.DOUBLE
+    for tensor in graph.initializer:
+        _widen_tensor(tensor)
+
+
+def _widen_node(node: NodeProto) -> None:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR:
+            _widen_tensor(attribute.t)
+        elif attribute.name in _TYPE_ATTRIBUTES and attribute.i in FLOATS:
+            attribute.i = TensorProto.DOUBLE
+        elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+            data = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+            wide = helper.make_attribute("value", from_array(np.array(data, np.float64)))
+            attribute.CopyFrom(wide)
+
+
+def _widen_tensor(tensor: TensorProto) -> None:
+    if tensor.data_type in FLOATS:
+        tensor.CopyFrom(from_array(to_array(tensor).astype(np.float64), tensor.name))
+
+
+class Oracle:
+    """The source model as a function S(x) = Σ seed · output, in the best precision there is.
+
+    float64 through ONNX's reference evaluator; where the evaluator lacks an operator, or computes
+    something else than onnxruntime does, float32 through onnxruntime with larger steps.
+    ``precision`` says which, ``why`` why not float64.
+    """
+
+    def __init__(self, model: ModelProto, output: str, feeds: Feeds) -> None:
+        self.output = output
+        self.names = [info.name for info in model.graph.input]
+        self.why = ""
+        self._session = session(model)
+        expected = run(self._session, feeds)[output]
+        loose = 2e-2 if is_narrow(model) else 1e-4
+        try:
+            self._reference = ReferenceEvaluator(widened(model))
+            value = self._wide(feeds)
+            if value.dtype != np.float64:
+                raise TypeError(f"the reference evaluator returns {value.dtype}")
+            close = np.isclose(value, expected.astype(np.float64), loose, loose, equal_nan=True)
+            if value.shape != expected.shape or not close.all():
+                raise ArithmeticError("the reference evaluator and onnxruntime differ")
+        except Exception as error:  # the evaluator fails in many ways
+            self.why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+    @property
+    def precision(self) -> str:
+        return "float32" if self.why else "float64"
+
+    @property
+    def step(self) -> float:
+        return 2e-2 if self.why else 1e-4
+
+    @property
+    def noise(self) -> float:
+        """Relative error of a value of S, with a margin."""
+        return 2e-7 if self.why else 1e-14
+
+    def _wide(self, feeds: Feeds) -> Array:
+        wide = {
+            name: value.astype(np.float64) if _is_float(value) else value
+            for name, value in feeds.items()
+            if name in self.names
+        }
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            return np.asarray(self._reference.run([self.output], wide)[0])
+
+    def value(self, feeds: Feeds) -> Array:
+        """The explained output, in float64."""
+        if not self.why:
+            return self._wide(feeds)
+        return run(self._session, feeds)[self.output].astype(np.float64)
+
+    def score(self, feeds: Feeds, seed: Array) -> float:
+        return float(np.sum(self.value(feeds) * seed.astype(np.float64)))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A directional derivative by central differences.
+
+    ``smooth``: two step sizes and both sides agree, so the derivative exists here. ``bounded``:
+    both one-sided differences stay finite as the step shrinks, so some subgradient exists.
+    ``error``: an estimate of the value's own error.
+    """
+
+    value: float
+    error: float
+    smooth: bool
+    bounded: bool
+
+
+def difference(oracle: Oracle, feeds: Feeds, steps: Feeds, seed: Array) -> Difference:
+    """d/dh S(x + h · steps) at h = 0; extrapolated from two step sizes."""
+    result = _difference(oracle, feeds, steps, seed, oracle.step)
+    if not result.smooth and not oracle.why:
+        # A kink near by, not at the point: closer steps do not see it.
+        closer = _difference(oracle, feeds, steps, seed, oracle.step / 100)
+        return closer if closer.smooth else result
+    return result
+
+
+def _difference(
+    oracle: Oracle, feeds: Feeds, steps: Feeds, seed: Array, h: float
+) -> Difference:
+    def at(t: float) -> float:
+        moved = {
+            name: (feeds[name].astype(np.float64) + t * step).astype(
+                np.float64 if not oracle.why else feeds[name].dtype
+            )
+            for name, step in steps.items()
+        }
+        return oracle.score({**feeds, **moved}, seed)
+
+    with np.errstate(all="ignore"):
+        center = at(0.0)
+        near, far = (at(-h / 2), at(h / 2)), (at(-h), at(h))
+        slopes = [(far[1] - far[0]) / (2 * h), (near[1] - near[0]) / h]
+        sides = [(far[1] - center) / h, (center - far[0]) / h]
+        closer = [(near[1] - center) * 2 / h, (center - near[0]) * 2 / h]
+        gap, closer_gap = abs(sides[0] - sides[1]), abs(closer[0] - closer[1])
+    if not np.isfinite([*slopes, *sides, *closer]).all():
+        return Difference(slopes[1], np.inf, False, False)
+    noise = oracle.noise * (abs(center) + float(np.sum(np.abs(seed)))) / h
+    scale = max(map(abs, (*sides, *closer)))
+    agree = abs(slopes[0] - slopes[1]) <= (0.05 if oracle.why else 1e-4) * scale + 10 * noise
+    one_sided = closer_gap <= 0.75 * gap + 1e-6 * scale + 20 * noise
+    bounded = all(
+        abs(c) <= 1.2 * abs(s) + 1e-3 * scale for c, s in zip(closer, sides, strict=True)
+    )
+    value = (4 * slopes[1] - slopes[0]) / 3
+    return Difference(value, abs(value - slopes[1]) + 4 * noise, agree and one_sided, bounded)
+
+
+def directional_difference(
+    model: ModelProto,
+    feeds: Feeds,
+    wrt: str,
+    seed: Array,
+    direction: Array,
+    h: float | None = None,
+    output: str | None = None,
+) -> Difference:
+    """⟨∂S/∂wrt, direction⟩ of the source model by central differences; see :class:`Oracle`."""
+    oracle = Oracle(model, output or joined(model)[1], feeds)
+    step = oracle.step if h is None else h
+    return _difference(oracle, feeds, {wrt: direction}, seed, step)
+
+
+# -- the checks ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How far one check was off, and whether it could be made at all."""
+
+    subject: str
+    error: float
+    tolerance: float
+    applies: bool = True
+    precision: str = "float64"
+
+    @property
+    def holds(self) -> bool:
+        return not self.applies or bool(self.error <= self.tolerance)
+
+    def __str__(self) -> str:
+        return f"{self.subject}: off by {self.error:.3g}, tolerance {self.tolerance:.3g}"
+
+
+def check_gradient(
+    model: ModelProto,
+    *points: Feeds,
+    inputs: Sequence[str] | None = None,
+    output: str | None = None,
+    seed: int = 0,
+) -> list[Residual]:
+    """Compile with ``gradient`` and hold the result against differences at each point.
+
+    ``inputs`` are all attributed and each is checked along a direction of its own; with
+    ``inputs=None`` the compiler chooses, and an input that it leaves out counts as zero.
+    Asserts that the compiled graph is valid, keeps the model's outputs, has finite attributions
+    wherever a one-sided derivative is finite, and that they equal the differences wherever the
+    model is differentiable. A residual that does not apply marks a point where it is not.
+    """
+    rng = np.random.default_rng(seed)
+    output = output or joined(model)[1]
+    compiled = onnx_attrib.compile(
+        model, method="gradient", target="seed", inputs=inputs, output=output
+    )
+    check_graph(compiled)
+    held, source = session(compiled), session(model)
+    narrow, residuals = is_narrow(model), list[Residual]()
+    for point in points:
+        expected = run(source, point)
+        cotangent = _cotangent(rng, expected[output])
+        results = run(held, {**point, "seed": cotangent})
+        _same_outputs(expected, results, narrow)
+        if not np.isfinite(expected[output]).all():
+            continue
+        oracle = Oracle(model, output, point)
+        for name in inputs or float_inputs(model):
+            step = rng.standard_normal(point[name].shape) * np.isfinite(point[name])
+            exact = difference(oracle, point, {name: step}, cotangent)
+            value = results.get(f"{name}_attribution", np.zeros(point[name].shape))
+            assert value.shape == point[name].shape, f"{name}: attribution of {value.shape}"
+            value = value.astype(np.float64)
+            terms = np.where(step == 0, 0.0, value * step)
+            if exact.bounded or exact.smooth:
+                assert np.isfinite(terms).all(), f"attribution of {name} is not finite: {value}"
+            # The size that a sum of terms of random sign has: it does not hide a wrong entry.
+            scale = max(abs(exact.value), float(np.sqrt(np.sum(np.square(terms)))))
+            relative = 2e-2 if narrow else 2e-2 if oracle.why else 2e-4
+            floor = (1e-3 if narrow else 1e-6) * float(np.sqrt(np.mean(np.square(step)) or 1))
+            residuals.append(
+                Residual(
+                    f"gradient of {name}: {np.sum(terms):.6g}, by differences {exact.value:.6g}",
+                    abs(float(np.sum(terms)) - exact.value),
+                    relative * scale + floor + 5 * exact.error,
+                    exact.smooth,
+                    oracle.precision,
+                )
+            )
+    _assert_all(residuals)
+    return residuals
+
+
+def check_conservation(
+    model: ModelProto,
+    *pairs: tuple[Feeds, Feeds],
+    inputs: Sequence[str] | None = None,
+    output: str | None = None,
+    seed: int = 0,
+    relative: float = 1e-3,
+) -> list[Residual]:
+    """Compile with ``deeplift`` and hold Σ attribution against S(x) − S(x̄) of the source.
+
+    ``pairs``: a point and the baselines of its attributed inputs. The seed has the sign of each
+    output's change, so that S(x) − S(x̄) is a sum without cancellation and ``relative`` means what
+    it says. Two more terms allow for rounding in float32: 10⁻⁶ of Σ|attribution| and of the
+    outputs themselves; both vanish against a change of ordinary size.
+    """
+    rng = np.random.default_rng(seed)
+    output = output or joined(model)[1]
+    names = list(inputs or float_inputs(model))
+    compiled = onnx_attrib.compile(
+        model,
+        method="deeplift",
+        baseline="input",
+        target="seed",
+        inputs=inputs,
+        output=output,
+    )
+    check_graph(compiled)
+    held, source = session(compiled), session(model)
+    narrow, residuals = is_narrow(model), list[Residual]()
+    rounding = 2e-3 if narrow else 1e-6
+    for point, baselines in pairs:
+        expected = run(source, point)
+        y, y_bar = expected[output], run(source, {**point, **baselines})[output]
+        change = y.astype(np.float64) - y_bar.astype(np.float64)
+        if not np.isfinite(change).all():
+            residuals.append(Residual("not finite", 0.0, 0.0, applies=False))
+            continue
+        size = rng.uniform(0.5, 1.5, change.shape)
+        sign = np.where(change == 0, rng.choice([-1.0, 1.0], change.shape), np.sign(change))
+        cotangent = (size * sign).astype(y.dtype)
+        feeds = {f"{name}_baseline": value for name, value in baselines.items()}
+        results = run(held, {**point, **feeds, "seed": cotangent})
+        _same_outputs(expected, results, narrow)
+        total, mass = 0.0, 0.0
+        for name in names:
+            value = results.get(f"{name}_attribution", np.zeros(1)).astype(np.float64)
+            assert np.isfinite(value).all(), f"attribution of {name} is not finite: {value}"
+            total, mass = total + float(value.sum()), mass + float(np.abs(value).sum())
+        wide = cotangent.astype(np.float64)
+        exact = float(np.sum(wide * change))
+        outputs = float(np.sum(np.abs(wide) * (np.abs(y) + np.abs(y_bar)).astype(np.float64)))
+        residuals.append(
+            Residual(
+                f"attributions sum to {total:.6g}, the output changes by {exact:.6g}",
+                abs(total - exact),
+                (2e-2 if narrow else relative) * abs(exact) + rounding * (mass + outputs),
+            )
+        )
+    _assert_all(residuals)
+    return residuals
+
+
+def check_graph(compiled: ModelProto) -> None:
+    """A valid model of standard operators only."""
+    onnx.checker.check_model(compiled, full_check=True)
+    domains = {node.domain for node in all_nodes(compiled)}
+    assert domains <= {"", "ai.onnx"}, domains
+    assert not compiled.functions
+
+
+def _cotangent(rng: np.random.Generator, like: Array) -> Array:
+    return np.asarray(rng.standard_normal(like.shape)).astype(like.dtype)
+
+
+def _same_outputs(expected: Mapping[str, Array], results: Mapping[str, Array], loose: bool) -> None:
+    """The compiled graph computes what the model computes, under the same names."""
+    tolerance = 1e-2 if loose else 1e-5
+    for name, value in expected.items():
+        found = results[name]
+        assert found.dtype == value.dtype, f"output {name}: {found.dtype}, was {value.dtype}"
+        if value.dtype.kind == "f" or value.dtype.name == "bfloat16":
+            wide, source = found.astype(np.float64), value.astype(np.float64)
+            np.testing.assert_allclose(wide, source, tolerance, tolerance, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found, value, err_msg=name)
+
+
+def _assert_all(residuals: Iterable[Residual]) -> None:
+    wrong = [str(residual) for residual in residuals if not residual.holds]
+    assert not wrong, "; ".join(wrong)
+
+
+def _is_float(value: Array) -> bool:
+    return value.dtype.kind == "f" or value.dtype.name == "bfloat16"
+
+
+# -- points ----------------------------------------------------------------------------------------
+
+
+def near(rng: np.random.Generator, values: Array) -> Array:
+    """Random values in the range of the given ones: what was positive stays positive.
+
+    A single value is moved by up to 30 %. Entries that are not finite stay as they are.
+    """
+    finite = np.isfinite(values.astype(np.float64))
+    if not finite.any():
+        return values
+    held = values.astype(np.float64)[finite]
+    low, high = float(held.min()), float(held.max())
+    if low == high:
+        spread = 0.3 * abs(low) or 0.5
+        low, high = low - spread, high + spread
+    drawn = rng.uniform(low, high, values.shape)
+    return np.asarray(np.where(finite, drawn, values.astype(np.float64))).astype(values.dtype)
