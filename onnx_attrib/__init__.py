@@ -1,5 +1,6 @@
 """onnx-attrib: compile an ONNX model into a graph that also explains its outputs."""
 
+from onnx_attrib.catalog import MethodInfo, OptionInfo, methods
 from onnx_attrib.compiler import compile
 from onnx_attrib.errors import (
     CompileError,
@@ -9,15 +10,21 @@ from onnx_attrib.errors import (
     RuntimeMissingError,
     UnsupportedOpError,
 )
+from onnx_attrib.runtime import Explainer, Explanation
 from onnx_attrib.version import VERSION as __version__
 
 __all__ = [
     "CompileError",
+    "Explainer",
+    "Explanation",
+    "MethodInfo",
     "ModelError",
     "Offence",
     "OptionError",
+    "OptionInfo",
     "RuntimeMissingError",
     "UnsupportedOpError",
     "__version__",
     "compile",
+    "methods",
 ]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto
 
-from onnx_attrib import methods
 from onnx_attrib.errors import CompileError, OptionError
 from onnx_attrib.job import Baseline, Job, Request, Target
+from onnx_attrib.methods import METHODS
+from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source, load
 from onnx_attrib.passes.cluster import cluster
 from onnx_attrib.passes.differentiate import differentiate
@@ -89,9 +90,9 @@ def prepare(
     **method_options: Any,
 ) -> Job:
     """:func:`compile`, returning the finished job with its graph and notes."""
-    chosen = methods.get(method)
+    chosen = method_named(method)
     if delta and not chosen.complete:
-        complete = ", ".join(m.name for m in methods.METHODS.values() if m.complete)
+        complete = ", ".join(m.name for m in METHODS.values() if m.complete)
         raise OptionError(
             f"method '{chosen.name}' does not promise to sum to the output difference; "
             f"delta is for: {complete}"
@@ -110,14 +111,25 @@ def prepare(
 
 
 def run(loaded: tuple[ModelProto, str], request: Request) -> Job:
-    """The pipeline."""
+    """Normalize the model and apply the pipeline."""
     model, digest = loaded
     job = Job(normalize(model), Request(**{**vars(request), "source": digest}))
-    backward = integrate if request.method.path else differentiate
-    for apply in (scope, choose_target, reference, cluster, backward, finalize):
+    for apply in pipeline(request):
         apply(job)
-    simplify(job.graph)
     return job
+
+
+def pipeline(request: Request) -> list[Callable[[Job], None]]:
+    """The passes, in order."""
+    return [
+        scope,
+        choose_target,
+        reference,
+        cluster,
+        integrate if request.method.path else differentiate,
+        finalize,
+        lambda job: simplify(job.graph),
+    ]
 
 
 def _checked_target(target: Any) -> Target:

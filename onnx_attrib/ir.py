@@ -394,7 +394,8 @@ class Graph:
     @contextmanager
     def collect(self) -> Iterator[list[Node]]:
         """Emit into a list of its own instead of the graph: the body of a subgraph."""
-        outer, inner = self._sink, []
+        outer = self._sink
+        inner: list[Node] = []
         self._sink = inner
         try:
             yield inner

@@ -83,6 +83,7 @@ def _metadata(job: Job) -> dict[str, str]:
         "method": request.method.name,
         "options": json.dumps(request.options),
         "output": job.scope.output.name,
+        "output_shape": json.dumps(job.graph.shape(job.scope.output)),
         "inputs": json.dumps(job.scope.names),
         "target": json.dumps(request.target),
         "baseline": json.dumps(baseline),

@@ -94,6 +94,7 @@ class Method:
     the attribution uses x̄. ``compares``: rules compare the model's values at x and x̄.
     ``complete``: attributions sum to S(x) − S(x̄). ``path(options)``: evaluate multipliers at
     several points and average. ``clusters``: single-variable regions count as one nonlinearity.
+    ``signed``: attributions can be negative.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Method:
     compares: bool = False
     complete: bool = False
     clusters: bool = False
+    signed: bool = True
     path: Callable[[Options], Path] | None = None
 
     def parse(self, given: Options) -> dict[str, Any]:

@@ -21,6 +21,7 @@ saliency = Method(
     paper="Simonyan et al. 2013, Deep Inside Convolutional Networks (arXiv 1312.6034)",
     table=lambda options: GRADIENT,
     attribution=lambda op, m, x, reference: op.Abs(m),
+    signed=False,
 )
 
 gradient_x_input = Method(

@@ -1,1 +1,174 @@
-"""stub"""
+"""Operators that pick one of several entries: maxima and minima over axes or over operands.
+
+A maximum with one varying operand is a piecewise linear activation (Max(x, 0) is a ReLU); with
+several it picks between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnx_attrib.ir import Tensor
+from onnx_attrib.rules.base import Elementwise, MaxLike, Site, Unsupported, add, only
+from onnx_attrib.rules.indexing import join, sizes
+from onnx_attrib.rules.reduction import reduced_axes
+from onnx_attrib.rules.shape import DATA_ONLY
+
+# -- over axes -------------------------------------------------------------------------------------
+
+
+def axes_of(s: Site) -> tuple[int, ...]:
+    """The axes reduced."""
+    axes = reduced_axes(s)
+    if axes is None:
+        raise Unsupported("the axes are computed at run time")
+    return axes
+
+
+def gathered(s: Site, tensor: Tensor) -> tuple[Tensor, int]:
+    """``tensor``, shaped like the input, with all reduced axes as one; and which one it is."""
+    axes = axes_of(s)
+    if len(axes) == 1:
+        return tensor, axes[0]
+    order, rank = _kept_first(s), s.rank(s.x())
+    if order != list(range(rank)):
+        tensor = s.op.Transpose(tensor, perm=order)
+    others = rank - len(axes)
+    return s.op.Reshape(tensor, [*[0] * others, -1]), others
+
+
+def spread_out(s: Site, tensor: Tensor) -> Tensor:
+    """The inverse of :func:`gathered`."""
+    if len(axes_of(s)) == 1:
+        return tensor
+    order = _kept_first(s)
+    tensor = s.op.Reshape(tensor, sizes(s, s.x(), np.array(order, np.int64)))
+    if order != sorted(order):
+        tensor = s.op.Transpose(tensor, perm=[int(k) for k in np.argsort(order)])
+    return tensor
+
+
+def _kept_first(s: Site) -> list[int]:
+    axes = axes_of(s)
+    return [k for k in range(s.rank(s.x())) if k not in axes] + list(axes)
+
+
+def widened(s: Site, tensor: Tensor) -> Tensor:
+    """``tensor``, shaped like the output, as one entry along the axis of :func:`gathered`."""
+    axes, keepdims = axes_of(s), s.attr("keepdims")
+    if len(axes) == 1:
+        return tensor if keepdims else s.op.Unsqueeze(tensor, list(axes))
+    if axes and keepdims:
+        tensor = s.op.Squeeze(tensor, list(axes))
+    return s.op.Unsqueeze(tensor, [-1])
+
+
+def narrowed(s: Site, tensor: Tensor) -> Tensor:
+    """The inverse of :func:`widened`."""
+    axes, keepdims = axes_of(s), s.attr("keepdims")
+    if len(axes) == 1:
+        return tensor if keepdims else s.op.Squeeze(tensor, list(axes))
+    tensor = s.op.Squeeze(tensor, [-1])
+    return s.op.Unsqueeze(tensor, list(axes)) if axes and keepdims else tensor
+
+
+def reduction(op: str, arg: str, sense: int) -> None:
+    """Forward form: the largest (smallest) entry over some axes.
+
+    Positions have the shape of the output and count along the reduced axes taken as one.
+    """
+
+    def winner(s: Site) -> Tensor:
+        flat, axis = gathered(s, s.x())
+        return narrowed(s, s.graph.emit(arg, flat, axis=axis, keepdims=1))
+
+    def take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:
+        if values[0] is None:
+            return s.zeros_like(s.y)
+        flat, axis = gathered(s, values[0])
+        return narrowed(s, s.op.GatherElements(flat, widened(s, position), axis=axis))
+
+    def put(s: Site, values: Tensor, position: Tensor) -> dict[int, Tensor]:
+        flat, axis = gathered(s, s.zeros_like(s.x()))
+        filled = s.op.ScatterElements(
+            flat, widened(s, position), widened(s, values), axis=axis
+        )
+        return {0: spread_out(s, filled)}
+
+    add(MaxLike(op=op, winner=winner, take=take, put=put, sense=sense, blocked=DATA_ONLY))
+
+
+reduction("ReduceMax", "ArgMax", 1)
+reduction("ReduceMin", "ArgMin", -1)
+
+
+# -- over operands ---------------------------------------------------------------------------------
+
+
+def operand_winner(s: Site) -> Tensor:
+    """The first operand that equals the output."""
+    last = len(s.inputs) - 1
+    position = np.int64(last)
+    for k in reversed(range(last)):
+        position = s.op.Where(s.op.Equal(s.y, s.x(k)), np.int64(k), position)
+    return position
+
+
+def operand_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:
+    zero = np.zeros((), s.graph.dtype(s.y))
+    result: Tensor = zero
+    for k, value in enumerate(values):
+        if value is not None:
+            result = s.op.Where(s.op.Equal(position, np.int64(k)), value, result)
+    return result
+
+
+def operand_put(s: Site, values: Tensor, position: Tensor) -> dict[int, Tensor]:
+    return {
+        i: s.op.Where(s.op.Equal(position, np.int64(i)), values, 0.0) for i in s.active
+    }
+
+
+_SINGLE = 8
+"""Operands up to which one varying operand among constants is an activation."""
+
+
+def extremum(op: str, beyond: str, sense: int, relu_like: bool) -> None:
+    """Forward form: the largest (smallest) of several broadcast operands."""
+
+    def mask(k: int) -> Elementwise:
+        def chosen(s: Site) -> Tensor:
+            others = [s.x(j) for j in range(len(s.inputs)) if j != k]
+            if not others:
+                return s.op.Equal(s.y, s.y)
+            bound = others[0] if len(others) == 1 else s.graph.emit(op, *others)
+            return s.graph.emit(beyond, s.y, bound)
+
+        return Elementwise(
+            op=op,
+            derivative=chosen,
+            operand=k,
+            piecewise=True,
+            relu_like=relu_like,
+            broadcasts=True,
+            covers=only(k),
+        )
+
+    for k in range(_SINGLE):
+        add(mask(k))
+    add(
+        MaxLike(
+            op=op,
+            winner=operand_winner,
+            take=operand_take,
+            put=operand_put,
+            sense=sense,
+            broadcasts=True,
+        )
+    )
+
+
+extremum("Max", "Greater", 1, relu_like=True)
+extremum("Min", "Less", -1, relu_like=False)

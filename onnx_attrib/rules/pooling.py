@@ -1,1 +1,227 @@
-"""stub"""
+"""Pooling: averages are linear, maxima pick a winner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnx_attrib.ir import Tensor
+from onnx_attrib.rules.base import Linear, MaxLike, Site, Unsupported, add
+from onnx_attrib.rules.broadcast import expand
+from onnx_attrib.rules.convolution import (
+    Window,
+    ints,
+    padding,
+    scatter,
+    size_vector,
+    sizes,
+    window_of,
+    with_sizes,
+)
+
+
+def pool_window(site: Site) -> Window:
+    """The window of a pooling operator."""
+    window = window_of(site, ints(site, "kernel_shape"))
+    if site.attr("auto_pad").startswith("SAME") and window.extent != window.kernel:
+        raise Unsupported("auto_pad SAME with dilations, where runtimes disagree")
+    return window
+
+
+# -- averages --------------------------------------------------------------------------------------
+
+
+def average_pull(s: Site, i: int) -> Tensor:
+    """Forward form Y[N, C, out…] = the mean of X[N, C, …] in each window.
+
+    Backward returns M divided by the entries each window counts, added up where it read: the
+    transposed convolution by a constant kernel. Without overlap that is nearest-neighbour
+    resizing; with unit stride, pooling is its own transpose.
+    """
+    window, m = pool_window(s), s.m
+    if counts_differ(s, window):
+        m = s.op.Mul(m, share_of_full(s, window))
+    mean = 1 / math.prod(window.kernel)
+    if tiles(s, window):
+        return enlarged(s, s.op.Mul(m, mean), window)
+    turned = turned_pads(window)
+    if turned is not None:
+        return s.op.AveragePool(  # type: ignore[no-any-return]
+            m, kernel_shape=window.kernel, pads=turned, count_include_pad=1
+        )
+    kernel = np.full((1, 1, *window.kernel), mean, s.graph.dtype(m))
+    channelwise = with_sizes(s, m, [-1, 1], s.y)
+    return s.reshape(scatter(s, channelwise, s.graph.constant(kernel), window, 1), s.x())
+
+
+def tiles(s: Site, window: Window) -> bool:
+    """Whether the windows lie side by side from the first entry on, none reaching past the end."""
+    padded = window.begin is None or any((*window.begin, *(window.end or ())))
+    return not padded and window.extent == window.strides and not s.attr("ceil_mode")
+
+
+def enlarged(s: Site, m: Tensor, window: Window) -> Tensor:
+    """Each entry repeated over its tile, and zeros where the data is longer than the tiles."""
+    op, scales = s.op, np.array([1, 1, *window.kernel], np.float32)
+    wide: Tensor = op.Resize(
+        m,
+        None,
+        scales,
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+    size, out = sizes(s, s.x()), sizes(s, s.y)
+    lead = [0] * (4 + len(window.kernel))
+    if size is None or out is None:
+        covered = op.Mul(size_vector(s, s.y), list(window.kernel))
+        rest = op.Sub(size_vector(s, s.x()), covered)
+        return s.shaped(op.Pad(wide, op.Concat(lead, rest, axis=0)), s.x())
+    left = [n - k * tile for n, k, tile in zip(size, out, window.kernel, strict=True)]
+    return op.Pad(wide, lead + left) if any(left) else wide
+
+
+def turned_pads(window: Window) -> list[int] | None:
+    """Pads with which the pool is its own transpose, if it can be (equal on both sides)."""
+    if window.begin != window.end or window.begin is None or not window.unit_stride:
+        return None
+    if window.extent != window.kernel:
+        return None
+    pads = [k - 1 - pad for k, pad in zip(window.kernel, window.begin, strict=True)]
+    return pads + pads if min(pads) >= 0 else None
+
+
+def counts_differ(s: Site, window: Window) -> bool:
+    """Whether some window may count fewer entries than the kernel has."""
+    if s.attr("ceil_mode"):
+        return True
+    padded = window.begin is None or any((*window.begin, *(window.end or ())))
+    return padded and not s.attr("count_include_pad")
+
+
+def share_of_full(s: Site, window: Window) -> Tensor:
+    """Kernel entries over the entries each window counts, broadcastable to the output.
+
+    Counted are those in the data, with ``count_include_pad`` also those in the padding, but never
+    those past it, where rounding up the output's size may place the end of the last window.
+    """
+    op, dtype = s.op, s.graph.dtype(s.m)
+    begin, end = padding(s, window)
+    size, out = size_vector(s, s.x()), size_vector(s, s.y)
+    result: Tensor | None = None
+    for j, (k, stride, dilation) in enumerate(
+        zip(window.kernel, window.strides, window.dilations, strict=True)
+    ):
+        zero = s.graph.constant(0, np.int64)
+        first = op.Sub(op.Mul(op.Range(zero, op.Gather(out, j), 1), stride), op.Gather(begin, j))
+        entries = op.Add(op.Unsqueeze(first, [1]), [dilation * n for n in range(k)])
+        if s.attr("count_include_pad"):
+            counted = op.Less(entries, op.Gather(op.Add(size, end), j))
+        else:
+            counted = op.And(op.GreaterOrEqual(entries, 0), op.Less(entries, op.Gather(size, j)))
+        count = op.Max(op.ReduceSum(op.Cast(counted, to=dtype), [1], keepdims=0), 1.0)
+        rank = len(window.kernel)
+        share = op.Reshape(op.Div(float(k), count), [-1] + [1] * (rank - 1 - j))
+        result = share if result is None else op.Mul(result, share)
+    if result is None:
+        raise Unsupported("no spatial axis")
+    return result
+
+
+add(Linear(op="AveragePool", pull=average_pull))
+
+
+def global_average_pull(s: Site, i: int) -> Tensor:
+    """Forward form Y[N, C, 1…] = the mean of X[N, C, …] over all positions.
+
+    Backward returns M over their number, [N, C, 1…]: one entry stands for all positions.
+    """
+    op, known = s.op, sizes(s, s.x())
+    if known is not None:
+        return op.Mul(s.m, 1 / math.prod(known))  # type: ignore[no-any-return]
+    per_axis = op.Reciprocal(op.Cast(op.Shape(s.x(), start=2), to=s.graph.dtype(s.m)))
+    return op.Mul(s.m, op.ReduceProd(per_axis, keepdims=0))  # type: ignore[no-any-return]
+
+
+add(Linear(op="GlobalAveragePool", pull=global_average_pull))
+
+
+# -- maxima ----------------------------------------------------------------------------------------
+
+
+def pool_winner(s: Site) -> Tensor:
+    """Where in its sample, flattened, each window found its maximum.
+
+    Asks for the operator's own indices, which count through all samples.
+    """
+    pool_window(s)
+    op, attributes = s.op, dict(s.node.attrs)
+    if s.attr("storage_order"):
+        del attributes["storage_order"]
+    _, picked = op.MaxPool(s.x(), outputs=2, **attributes)
+    shape = s.shape(s.x())
+    if shape is None or shape[0] != 1:
+        picked = op.Sub(picked, sample_offset(s, s.x()))
+    # A window of nothing but NaN or −∞ has no winner; the runtime says −1.
+    return op.Max(picked, 0)  # type: ignore[no-any-return]
+
+
+def sample_offset(s: Site, x: Tensor) -> Tensor:
+    """[N, 1…]: the entries before each sample."""
+    op = s.op
+    count = op.Shape(op.Flatten(x), start=1, end=2)
+    zero = s.graph.constant(0, np.int64)
+    sample = op.Range(zero, op.Squeeze(op.Shape(x, end=1)), 1)
+    return op.Reshape(op.Mul(sample, count), [-1] + [1] * (s.rank(x) - 1))  # type: ignore[no-any-return]
+
+
+def pool_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:
+    """The entry of ``values`` [N, C, …] at each position [N, C, out…]."""
+    if values[0] is None:
+        return s.zeros_like(s.y)
+    op = s.op
+    at = op.Flatten(expand(s, position, s.y))
+    return s.reshape(op.GatherElements(op.Flatten(values[0]), at, axis=1), s.y)
+
+
+def pool_put(s: Site, values: Tensor, position: Tensor) -> dict[int, Tensor]:
+    """``values`` [N, C, out…] added up at their positions in zeros [N, C, …]."""
+    op = s.op
+    at = op.Flatten(expand(s, position, s.y))
+    zeros = s.zeros_like(op.Flatten(s.x()))
+    total = op.ScatterElements(zeros, at, op.Flatten(values), axis=1, reduction="add")
+    return {0: s.reshape(total, s.x())}
+
+
+add(MaxLike(op="MaxPool", winner=pool_winner, take=pool_take, put=pool_put))
+
+
+def global_winner(s: Site) -> Tensor:
+    """[N, C, 1…]: where in its channel, flattened, the maximum is."""
+    return s.reshape(s.op.ArgMax(channels(s, s.x()), axis=2, keepdims=1), s.y)
+
+
+def channels(s: Site, tensor: Tensor) -> Tensor:
+    """[N, C, …] as [N, C, positions]."""
+    return s.op.Reshape(tensor, [0, 0, -1])  # type: ignore[no-any-return]
+
+
+def global_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:
+    """The entry of ``values`` [N, C, …] at each position [N, C, 1…]."""
+    if values[0] is None:
+        return s.zeros_like(s.y)
+    at = channels(s, expand(s, position, s.y))
+    return s.reshape(s.op.GatherElements(channels(s, values[0]), at, axis=2), s.y)
+
+
+def global_put(s: Site, values: Tensor, position: Tensor) -> dict[int, Tensor]:
+    """``values`` [N, C, 1…] at their positions in zeros [N, C, …]."""
+    at = channels(s, expand(s, position, s.y))
+    zeros = s.zeros_like(channels(s, s.x()))
+    total = s.op.ScatterElements(zeros, at, channels(s, values), axis=2)
+    return {0: s.reshape(total, s.x())}
+
+
+add(MaxLike(op="GlobalMaxPool", winner=global_winner, take=global_take, put=global_put))

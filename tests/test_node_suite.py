@@ -1,0 +1,317 @@
+"""The rules, over ONNX's own operator tests (``onnx.backend.test.case.node``).
+
+Every case whose operators have rules is compiled in three forms:
+
+- ``layer``: the first float input is data and everything else a weight, with a symbolic batch
+  axis: the operator as it stands in a network;
+- ``all``: the case as it is, every float input that is data attributed, indices and shapes known
+  only at run time;
+- ``symbolic``: the same with every dimension of every input a symbol.
+
+Each is checked at the case's own point, unless that is one where the operator has no derivative,
+and at random points. The coverage follows the rule table: a new rule brings its cases with it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto, numpy_helper
+
+pytest.importorskip("onnxruntime")
+
+import numeric  # noqa: E402
+from numeric import Array  # noqa: E402
+
+from onnx_attrib import rules  # noqa: E402
+
+REQUIRED = frozenset(
+    "Conv ConvTranspose Gemm MatMul Add Sub Mul Div Neg Sum Mean Max Min Pow Sqrt Exp Log Abs "
+    "Reciprocal Erf Relu LeakyRelu PRelu Elu Selu Celu Sigmoid Tanh Softplus Softsign HardSigmoid "
+    "HardSwish Mish Gelu Clip ThresholdedRelu Softmax LogSoftmax MaxPool AveragePool "
+    "GlobalAveragePool GlobalMaxPool BatchNormalization LayerNormalization InstanceNormalization "
+    "GroupNormalization LRN Reshape Flatten Transpose Squeeze Unsqueeze Expand Concat Split Slice "
+    "Pad Gather Identity Dropout Cast Where ReduceSum ReduceMean ReduceMax".split()
+)
+"""Operators that must have a rule, and a case here."""
+
+FORMS = ("layer", "all", "symbolic")
+
+# Float inputs that are settings, not data: nothing flows to them.
+SETTINGS = {
+    ("Dropout", 1),
+    ("Resize", 1),
+    ("Resize", 2),
+    ("Upsample", 1),
+    ("CastLike", 1),
+    ("RoiAlign", 1),
+    ("Range", 0),
+    ("Range", 1),
+    ("Range", 2),
+}
+
+# -- cases that are left out, each with its reason -------------------------------------------------
+
+NEWER = "uses an operator or a type of opset 27 or 28; ONNX Runtime 1.31 loads up to 26"
+NOT_RUN = "ONNX Runtime 1.31 has no CPU kernel for it"
+FLAT = "its derivative is zero or undefined wherever it is defined"
+TRAINING = "training mode: statistics of the batch or a random mask"
+
+EXCLUDED: dict[str, str] = {}
+"""Single cases, by name."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of ONNX's operator tests; ``operator`` is the one it is for."""
+
+    name: str
+    operator: str
+    model: ModelProto
+    values: dict[str, Array]
+
+
+def kinds(case: Case) -> set[str]:
+    return {str(info.type.WhichOneof("value")) for info in case.model.graph.input}
+
+
+def element_types(case: Case) -> set[int]:
+    infos = (*case.model.graph.input, *case.model.graph.output)
+    return {numeric.element_type(info) for info in infos}
+
+
+def trains(case: Case) -> bool:
+    for node in case.model.graph.node:
+        modes = {a.name: a.i for a in node.attribute}
+        if node.op_type == "BatchNormalization" and modes.get("training_mode"):
+            return True
+        if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
+            return bool(case.values[node.input[2]].any())
+    return False
+
+
+# Kinds of cases, by what they have; the first that holds is the reason.
+REASONS: list[tuple[str, Callable[[Case], bool]]] = [
+    ("takes a sequence or an optional", lambda c: not tensors_only(c)),
+    ("no tensor of floats goes in, or none comes out", lambda c: not comes_and_goes(c)),
+    (TRAINING, trains),
+    (NEWER, lambda c: lowered(c.model) is None),
+]
+
+
+def comes_and_goes(case: Case) -> bool:
+    floats = [info for info in case.model.graph.output if numeric.element_type(info) in FLOATS]
+    return bool(floats) and bool(data_inputs(case))
+
+
+def tensors_only(case: Case) -> bool:
+    return kinds(case) <= {"tensor_type"} and all(
+        isinstance(value, np.ndarray) for value in case.values.values()
+    )
+
+
+FLOATS = numeric.FLOATS
+
+
+def reason(case: Case) -> str | None:
+    """Why a case is left out, or None."""
+    if case.name in EXCLUDED:
+        return EXCLUDED[case.name]
+    return next((text for text, holds in REASONS if holds(case)), None)
+
+
+# -- collecting ------------------------------------------------------------------------------------
+
+
+def load_cases(folder: Path | None) -> list[Case]:
+    """All cases with tensors, from pytest's cache: making them takes seconds."""
+    path = folder / f"cases-{onnx.__version__}-{np.__version__}.pickle" if folder else None
+    if path is not None and path.exists():
+        raw = pickle.loads(path.read_bytes())
+    else:
+        raw = _made_by_onnx()
+        if path is not None:
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_bytes(pickle.dumps(raw))
+            os.replace(temporary, path)
+    operators = {}
+    parsed = []
+    for name, data, values in raw:
+        model = onnx.load_model_from_string(data)
+        if len(model.graph.node) == 1:
+            operators[name] = model.graph.node[0].op_type
+        parsed.append((name, model, values))
+    cases = []
+    for name, model, values in parsed:
+        stem = re.sub(r"_expanded.*$", "", name)
+        operator = operators.get(name) or operators.get(stem)
+        if operator is None:
+            operator = model.graph.node[-1].op_type
+        names = [info.name for info in model.graph.input]
+        arrays = {k: _array(v) for k, v in zip(names, values, strict=False)}
+        cases.append(Case(name, operator, model, arrays))
+    return cases
+
+
+def _array(value: Any) -> Any:
+    """An input as an array; sequences and optionals stay what they are."""
+    if isinstance(value, TensorProto):
+        return numpy_helper.to_array(value)
+    return np.asarray(value) if isinstance(value, np.generic) else value
+
+
+def _made_by_onnx() -> list[tuple[str, bytes, list[Any]]]:
+    from onnx.backend.test.case.node import collect_testcases
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = collect_testcases(None)
+    return [
+        (case.name, case.model.SerializeToString(), list(case.data_sets[0][0]))
+        for case in made
+        if case.data_sets
+    ]
+
+
+@cache
+def _cases(folder: Path | None) -> dict[str, Case]:
+    return {case.name: case for case in load_cases(folder)}
+
+
+def ruled(case: Case) -> bool:
+    """Whether every operator of a case has a rule (or must have one)."""
+    return all(
+        node.op_type in REQUIRED
+        or node.op_type == "Constant"
+        or rules.known(node.op_type, node.domain)
+        for node in case.model.graph.node
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    cases = [c for c in _cases(_folder(metafunc.config)).values() if ruled(c) and not reason(c)]
+    params = [
+        pytest.param(case, form, id=f"{case.name.removeprefix('test_')}-{form}")
+        for case in cases
+        for form in FORMS
+    ]
+    metafunc.parametrize(("case", "form"), params)
+
+
+def _folder(config: pytest.Config) -> Path | None:
+    cache_ = getattr(config, "cache", None)
+    return Path(cache_.mkdir("onnx-node-cases")) if cache_ is not None else None
+
+
+# -- preparing -------------------------------------------------------------------------------------
+
+
+def lowered(model: ModelProto) -> ModelProto | None:
+    """The model at an opset that ONNX Runtime loads; None if its operators are newer."""
+    newest = 26
+    result = ModelProto()
+    result.CopyFrom(model)
+    result.ir_version = min(result.ir_version, 10)
+    default = next((o for o in result.opset_import if o.domain in ("", "ai.onnx")), None)
+    if default is None:
+        return None
+    if default.version > newest:
+        default.version = newest
+    try:
+        onnx.checker.check_model(result)
+        onnx.shape_inference.infer_shapes(result, check_type=True, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        return None
+    return result
+
+
+def data_inputs(case: Case) -> list[str]:
+    """Float inputs that are data: not settings, and without infinities (masks)."""
+    settings = {
+        name
+        for node in case.model.graph.node
+        for i, name in enumerate(node.input)
+        if (node.op_type, i) in SETTINGS
+    }
+    return [
+        name
+        for name in numeric.float_inputs(case.model)
+        if name not in settings
+        and case.values[name].size
+        and np.isfinite(case.values[name].astype(np.float64)).all()
+    ]
+
+
+def formed(case: Case, form: str) -> tuple[ModelProto, list[str], str]:
+    """The case's model in one of the forms, the inputs to attribute and the output."""
+    model = lowered(case.model)
+    assert model is not None
+    inputs = data_inputs(case)
+    if form == "layer":
+        weights = {name: v for name, v in case.values.items() if name != inputs[0]}
+        inputs = inputs[:1]
+        model = numeric.frozen(model, weights)
+        model = numeric.symbolic(model, lambda name, axis: "N" if axis == 0 else None)
+    elif form == "symbolic":
+        model = numeric.symbolic(model, lambda name, axis: f"{name}_{axis}")
+    model, output = numeric.joined(model)
+    return model, inputs, output
+
+
+def seed_of(case: Case, form: str) -> int:
+    return zlib.crc32(f"{case.name}-{form}".encode())
+
+
+def moved(rng: np.random.Generator, case: Case, inputs: list[str]) -> dict[str, Array]:
+    """Random values for the inputs, of the kind that the case has."""
+    return {name: numeric.near(rng, case.values[name]) for name in inputs}
+
+
+# -- tests -----------------------------------------------------------------------------------------
+
+
+def test_gradient(case: Case, form: str, record_property: Callable[[str, object], None]) -> None:
+    record_property("operator", case.operator)
+    model, inputs, output = formed(case, form)
+    rng = np.random.default_rng(seed_of(case, form))
+    points = [case.values, *({**case.values, **moved(rng, case, inputs)} for _ in range(2))]
+    residuals = numeric.check_gradient(
+        model, *points, inputs=inputs, output=output, seed=seed_of(case, form)
+    )
+    reached = {r.subject.split(":")[0] for r in residuals if r.applies}
+    assert len(reached) == len(inputs), f"no differentiable point found: {residuals}"
+
+
+def test_conservation(
+    case: Case, form: str, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("operator", case.operator)
+    model, inputs, output = formed(case, form)
+    rng = np.random.default_rng(seed_of(case, form))
+    own, other = case.values, {**case.values, **moved(rng, case, inputs)}
+    pairs = [(own, moved(rng, case, inputs)), (other, moved(rng, case, inputs))]
+    residuals = numeric.check_conservation(
+        model, *pairs, inputs=inputs, output=output, seed=seed_of(case, form)
+    )
+    assert any(r.applies for r in residuals), "the output is finite at no pair of points"
+
+
+def test_required_operators_have_rules_and_cases(request: pytest.FixtureRequest) -> None:
+    missing = {op for op in REQUIRED if not rules.known(op, "")}
+    assert not missing, f"no rule: {sorted(missing)}"
+    tested = {c.operator for c in _cases(_folder(request.config)).values() if not reason(c)}
+    assert not REQUIRED - tested, f"no case: {sorted(REQUIRED - tested)}"
