@@ -96,28 +96,24 @@ class Geometry:
 
     def place(self, pixels: Array) -> Array:
         """[H, W, C] in the input's layout, with a batch axis where the input has one."""
+        if self.rank == 3 and self.channels == 1:
+            return pixels[None, ..., 0]
         if self.layout == "nchw":
             pixels = pixels.transpose(2, 0, 1)
         if self.flat:
             return pixels.reshape(1, -1)
-        if self.rank == 3 and self.channels == 1:
-            return pixels.reshape(1, *pixels.shape[1:] if self.layout == "nchw" else pixels.shape[:2])
         return pixels[None] if self.rank == 4 else pixels
 
     def pictures(self, batch: Array) -> Array:
         """A batch of the input's shape (or of its attribution) as [N, H, W, C]."""
+        if self.rank == 3 and self.channels == 1:
+            return batch[..., None]
         if self.flat:
-            height, width = self.height or 1, self.width or 1
-            if self.layout == "nchw":
-                return batch.reshape(-1, self.channels, height, width).transpose(0, 2, 3, 1)
-            return batch.reshape(-1, height, width, self.channels)
-        if self.rank == 3:
-            batch = batch[..., None] if self.channels == 1 else batch[None]
-            return batch.transpose(0, 2, 3, 1) if self._leads(batch) else batch
+            sizes = (self.channels, self.height or 1, self.width or 1)
+            batch = batch.reshape(-1, *(sizes if self.layout == "nchw" else sizes[1:] + sizes[:1]))
+        if batch.ndim == 3:
+            batch = batch[None]
         return batch.transpose(0, 2, 3, 1) if self.layout == "nchw" else batch
-
-    def _leads(self, batch: Array) -> bool:
-        return self.layout == "nchw" and self.channels > 1 and batch.shape[1] == self.channels
 
 
 def geometry(shape: Sequence[int | str | None], layout: Layout | None = None) -> Geometry | None:

@@ -15,7 +15,13 @@ from onnx_attrib.ir import Dim, Graph, Tensor, static
 from onnx_attrib.job import Job
 from onnx_attrib.methods.base import Path
 from onnx_attrib.passes.differentiate import Sweep
-from onnx_attrib.passes.reference import batch_symbol, captured, keeps_batch_apart, outermost
+from onnx_attrib.passes.reference import (
+    batch_symbol,
+    captured,
+    fully_known,
+    keeps_batch_apart,
+    outermost,
+)
 from onnx_attrib.passes.simplify import share
 from onnx_attrib.rules.broadcast import is_full
 
@@ -77,13 +83,8 @@ def _stackable(job: Job) -> str | None:
         return None
     if not keeps_batch_apart(graph, job.scope.dependent, batch):
         return None
-    for tensor in captured(graph, sources, job.scope.dependent):
-        shape = graph.shape(tensor)
-        if shape is None or any(
-            dim is None or (isinstance(dim, str) and dim.startswith("unk__")) for dim in shape
-        ):
-            return None
-    return batch
+    outside = captured(graph, sources, job.scope.dependent)
+    return batch if all(fully_known(graph, tensor) for tensor in outside) else None
 
 
 def _weighted(job: Job, points: Tensor, weights: Tensor, batch: str | None) -> dict[str, Tensor]:

@@ -102,10 +102,9 @@ def captured(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) ->
 
 def _can_share(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node], batch: str) -> bool:
     """Whether one reference serves all samples: what it meets from outside is free of the batch."""
-    outside = (graph.shape(t) for t in captured(graph, sources, region))
+    outside = captured(graph, sources, region)
     return keeps_batch_apart(graph, region, batch) and all(
-        shape is not None and not any(dim is None or dim == batch or _made_up(dim) for dim in shape)
-        for shape in outside
+        fully_known(graph, t) and batch not in (graph.shape(t) or ()) for t in outside
     )
 
 
@@ -116,12 +115,19 @@ def _one_batch_axis(graph: Graph, tensor: Tensor, batch: str) -> bool:
     if shape and shape[0] == batch:
         # Unknown dimensions behind a leading batch axis cannot hold the batch once more.
         return shape.count(batch) == 1
-    return shape.count(batch) <= 1 and not any(dim is None or _made_up(dim) for dim in shape)
+    return shape.count(batch) <= 1 and fully_known(graph, tensor)
 
 
-def _made_up(dim: Dim) -> bool:
-    """Symbols that shape inference invents for dimensions it could not compute."""
-    return isinstance(dim, str) and dim.startswith("unk__")
+def fully_known(graph: Graph, tensor: Tensor) -> bool:
+    """Whether every dimension is a number or a symbol of the model's inputs.
+
+    Other symbols stand for something computed, which may hold the batch ("4*N").
+    """
+    shape = graph.shape(tensor)
+    symbols = {dim for t in graph.inputs for dim in graph.shape(t) or ()}
+    return shape is not None and all(
+        isinstance(dim, int) or (dim is not None and dim in symbols) for dim in shape
+    )
 
 
 # -- placing it ------------------------------------------------------------------------------------

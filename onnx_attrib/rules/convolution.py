@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from onnx_attrib.ir import Tensor, static
 from onnx_attrib.rules.base import Bilinear, Site, Unsupported, add
 
@@ -70,28 +72,25 @@ def sizes(site: Site, tensor: Tensor) -> Ints | None:
 def size_vector(site: Site, tensor: Tensor) -> Tensor:
     """The spatial sizes as an int64 tensor."""
     known = sizes(site, tensor)
-    vector: Tensor = (
-        site.op.Shape(tensor, start=2) if known is None else site.graph.constant(known, "int64")
-    )
-    return vector
+    if known is None:
+        return site.op.Shape(tensor, start=2)
+    return site.graph.constant(known, np.int64)
 
 
 def with_sizes(site: Site, tensor: Tensor, lead: Sequence[int], like: Tensor) -> Tensor:
-    """``tensor`` with the leading axes ``lead`` (as for Reshape) and the spatial axes of ``like``."""
+    """``tensor`` with leading axes ``lead`` (as for Reshape) and the spatial axes of ``like``."""
     known = sizes(site, like)
     shape = (
         site.op.Concat(list(lead), site.op.Shape(like, start=2), axis=0)
         if known is None
         else [*lead, *known]
     )
-    reshaped: Tensor = site.op.Reshape(tensor, shape)
-    return reshaped
+    return site.op.Reshape(tensor, shape)
 
 
 def swap_channels(site: Site, tensor: Tensor, spatial: int) -> Tensor:
     """Exchange the first two axes."""
-    swapped: Tensor = site.op.Transpose(tensor, perm=[1, 0, *range(2, 2 + spatial)])
-    return swapped
+    return site.op.Transpose(tensor, perm=[1, 0, *range(2, 2 + spatial)])
 
 
 def kernel_of(site: Site) -> Ints:
@@ -138,7 +137,7 @@ def padding(site: Site, window: Window) -> tuple[Tensor, Tensor]:
     """Padding before and after the data as int64 tensors, computed at run time if need be."""
     graph, op = site.graph, site.op
     if window.begin is not None and window.end is not None:
-        return graph.constant(window.begin, "int64"), graph.constant(window.end, "int64")
+        return graph.constant(window.begin, np.int64), graph.constant(window.end, np.int64)
     size, strides = size_vector(site, site.x()), list(window.strides)
     last = op.Mul(op.Div(op.Sub(size, 1), strides), strides)
     total = op.Max(op.Sub(op.Add(last, list(window.extent)), size), 0)
@@ -150,8 +149,8 @@ def padding(site: Site, window: Window) -> tuple[Tensor, Tensor]:
 def transposed_window(site: Site) -> Window:
     """The window of a ConvTranspose, which slides over its output.
 
-    ``end`` is what the first pad at the end leaves after the output padding; it may be negative:
-    output entries that no window reaches.
+    ``end`` is the padding less the output padding. Negative, it counts the output entries at the
+    end that no window reaches.
     """
     kernel = kernel_of(site)
     ones = (1,) * len(kernel)
@@ -171,9 +170,9 @@ def transposed_window(site: Site) -> Window:
         )
         begin, end = split_padding(totals, mode != "SAME_UPPER")
     elif mode in ("SAME_UPPER", "SAME_LOWER"):
-        totals = tuple(
-            e - stride + more for e, stride, more in zip(extent, strides, surplus, strict=True)
-        )
+        if any(surplus):
+            raise Unsupported("auto_pad SAME with output_padding, where runtimes disagree")
+        totals = tuple(e - stride for e, stride in zip(extent, strides, strict=True))
         begin, end = split_padding(totals, mode == "SAME_LOWER")
     else:
         pads = (ints(site, "pads") if mode == "NOTSET" else ()) or (0,) * 2 * len(kernel)
@@ -198,14 +197,13 @@ def scatter(site: Site, m: Tensor, weight: Tensor, window: Window, group: int) -
         before = [e - 1 - pad for e, pad in zip(extent, begin, strict=True)]
         after = [e - 1 - pad for e, pad in zip(extent, end, strict=True)]
         if min(before + after) >= 0:
-            share: Tensor = site.op.Conv(
+            return site.op.Conv(
                 m,
                 turned(site, weight, window, group),
                 dilations=window.dilations,
                 group=group,
                 pads=before + after,
             )
-            return share
     size, out = sizes(site, site.x()), sizes(site, site.y)
     if begin is None or size is None or out is None:
         return _scatter_any_size(site, m, weight, window, group)
@@ -228,9 +226,9 @@ def scatter(site: Site, m: Tensor, weight: Tensor, window: Window, group: int) -
         output_padding=surplus,
     )
     if sizes(site, full) == size and not any(starts):
-        return full  # type: ignore[no-any-return]
+        return full
     ends = [start + length for start, length in zip(starts, size, strict=True)]
-    return site.op.Slice(full, starts, ends, window.axes)  # type: ignore[no-any-return]
+    return site.op.Slice(full, starts, ends, window.axes)
 
 
 def _scatter_any_size(site: Site, m: Tensor, weight: Tensor, window: Window, group: int) -> Tensor:
@@ -245,8 +243,7 @@ def _scatter_any_size(site: Site, m: Tensor, weight: Tensor, window: Window, gro
         output_padding=[stride - 1 for stride in window.strides],
     )
     begin, _ = padding(site, window)
-    share: Tensor = op.Slice(full, begin, op.Add(begin, size_vector(site, site.x())), window.axes)
-    return share
+    return op.Slice(full, begin, op.Add(begin, size_vector(site, site.x())), window.axes)
 
 
 def turned(site: Site, weight: Tensor, window: Window, group: int) -> Tensor:
@@ -269,13 +266,13 @@ def turned(site: Site, weight: Tensor, window: Window, group: int) -> Tensor:
         raise Unsupported("grouped, with a weight whose shape is unknown")
     split = op.Reshape(weight, [group, -1, inputs, *kernel])
     split = op.Transpose(split, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
-    return op.Reshape(split, [group * inputs, -1, *kernel])  # type: ignore[no-any-return]
+    return op.Reshape(split, [group * inputs, -1, *kernel])
 
 
 def gather(site: Site, m: Tensor, weight: Tensor, window: Window, group: int) -> Tensor:
     """What each window reads of ``m``, times the kernel: the transpose of :func:`scatter`."""
     begin, end = window.begin or (), window.end or ()
-    share: Tensor = site.op.Conv(
+    share = site.op.Conv(
         m,
         weight,
         strides=window.strides,
@@ -313,7 +310,7 @@ def correlate(site: Site, data: Tensor, out: Tensor, window: Window, group: int)
         split = with_sizes(site, data, [0, group, -1], data)
         split = op.Transpose(split, perm=[2, 1, 0, *range(3, 3 + spatial)])
         swapped = with_sizes(site, split, [0, -1], data)
-    share: Tensor = op.Conv(
+    share = op.Conv(
         swapped,
         swap_channels(site, out, spatial),
         strides=window.dilations,
@@ -333,7 +330,7 @@ def correlate(site: Site, data: Tensor, out: Tensor, window: Window, group: int)
 def bias_share(site: Site) -> Tensor:
     """[M]: the cotangents [N, M, …] summed over samples and positions."""
     axes = [0, *range(2, site.rank(site.m))]
-    return site.op.ReduceSum(site.m, axes, keepdims=0)  # type: ignore[no-any-return]
+    return site.op.ReduceSum(site.m, axes, keepdims=0)
 
 
 def conv_pull(s: Site, i: int) -> Tensor:

@@ -340,11 +340,7 @@ def masked(names: Sequence[str]) -> None:
         add(Linear(op=name, pull=lambda s, i: again(s), blocked=DATA_ONLY))
 
 
-add(
-    Linear(
-        op="Expand", pull=lambda s, i: s.m, broadcasts=True, lazy=True, blocked=DATA_ONLY
-    )
-)
+add(Linear(op="Expand", pull=lambda s, i: s.m, broadcasts=True, lazy=True, blocked=DATA_ONLY))
 add(Linear(op="Where", pull=where_pull, broadcasts=True, lazy=True, blocked=frozenset({0})))
 add(Linear(op="Tile", pull=tile_pull, blocked=DATA_ONLY))
 add(Linear(op="DepthToSpace", pull=depth_to_space_pull))

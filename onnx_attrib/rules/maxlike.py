@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Elementwise, MaxLike, Site, Unsupported, add, only
-from onnx_attrib.rules.indexing import join, sizes
-from onnx_attrib.rules.reduction import reduced_axes
+from onnx_attrib.rules.base import Composite, Elementwise, MaxLike, Site, Unsupported, add, only
+from onnx_attrib.rules.indexing import axis_of, sizes
+from onnx_attrib.rules.reduction import halves, reduced_axes
 from onnx_attrib.rules.shape import DATA_ONLY
 
 # -- over axes -------------------------------------------------------------------------------------
@@ -92,9 +92,7 @@ def reduction(op: str, arg: str, sense: int) -> None:
 
     def put(s: Site, values: Tensor, position: Tensor) -> dict[int, Tensor]:
         flat, axis = gathered(s, s.zeros_like(s.x()))
-        filled = s.op.ScatterElements(
-            flat, widened(s, position), widened(s, values), axis=axis
-        )
+        filled = s.op.ScatterElements(flat, widened(s, position), widened(s, values), axis=axis)
         return {0: spread_out(s, filled)}
 
     add(MaxLike(op=op, winner=winner, take=take, put=put, sense=sense, blocked=DATA_ONLY))
@@ -126,12 +124,10 @@ def operand_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> 
 
 
 def operand_put(s: Site, values: Tensor, position: Tensor) -> dict[int, Tensor]:
-    return {
-        i: s.op.Where(s.op.Equal(position, np.int64(i)), values, 0.0) for i in s.active
-    }
+    return {i: s.op.Where(s.op.Equal(position, np.int64(i)), values, 0.0) for i in s.active}
 
 
-_SINGLE = 8
+_SINGLE = 4
 """Operands up to which one varying operand among constants is an activation."""
 
 
@@ -172,3 +168,49 @@ def extremum(op: str, beyond: str, sense: int, relu_like: bool) -> None:
 
 extremum("Max", "Greater", 1, relu_like=True)
 extremum("Min", "Less", -1, relu_like=False)
+
+
+# -- the k largest ---------------------------------------------------------------------------------
+
+_LARGEST_K = 32
+"""Entries up to which TopK is spelled out for comparison with a reference."""
+
+
+def top_k_pull(s: Site, i: int) -> Tensor:
+    """Forward form: the k largest (smallest) entries along an axis, and where they were.
+
+    Backward returns zeros of X's shape with M there.
+    """
+    return s.op.ScatterElements(s.zeros_like(s.x()), s.outputs[1], s.m, axis=s.attr("axis"))
+
+
+def top_k_definition(s: Site) -> Sequence[Tensor | None]:
+    """k knockouts: the winner of pairwise maxima leaves, the minima play on.
+
+    Every pair conserves differences, which picking the entries by their positions would not.
+    """
+    axis, count = axis_of(s, s.x()), s.value(1)
+    most, least = ("Max", "Min") if s.attr("largest") else ("Min", "Max")
+    if count is not None and count.size == 1 and count.item() == 1:
+        place = s.graph.constant([axis], np.int64)
+        return [s.graph.emit(f"Reduce{most}", s.x(), place, keepdims=1), None]
+    extent = sizes(s, s.x(), np.array([axis]))
+    if count is None or not isinstance(extent, np.ndarray):
+        raise Unsupported("how many of how many entries are picked is only known at run time")
+    if count.item() > _LARGEST_K or not s.attr("sorted"):
+        raise Unsupported(f"only {_LARGEST_K} sorted entries can be compared with a reference")
+    picked, field, players = [], s.x(), int(extent[0])
+    for _ in range(count.item()):
+        losers, left = [], players
+        while left > 1:
+            first, second, *bye = halves(s, field, left, axis)
+            losers.append(s.graph.emit(least, first, second))
+            field = s.op.Concat(s.graph.emit(most, first, second), *bye, axis=axis)
+            left -= left // 2
+        picked.append(field)
+        players -= 1
+        field = s.op.Concat(*losers, axis=axis) if losers else field
+    return [s.op.Concat(*picked, axis=axis), None]
+
+
+add(Composite(op="TopK", decompose=top_k_definition, pull=top_k_pull, blocked=DATA_ONLY))

@@ -48,9 +48,7 @@ def average_pull(s: Site, i: int) -> Tensor:
         return enlarged(s, s.op.Mul(m, mean), window)
     turned = turned_pads(window)
     if turned is not None:
-        return s.op.AveragePool(  # type: ignore[no-any-return]
-            m, kernel_shape=window.kernel, pads=turned, count_include_pad=1
-        )
+        return s.op.AveragePool(m, kernel_shape=window.kernel, pads=turned, count_include_pad=1)
     kernel = np.full((1, 1, *window.kernel), mean, s.graph.dtype(m))
     channelwise = with_sizes(s, m, [-1, 1], s.y)
     return s.reshape(scatter(s, channelwise, s.graph.constant(kernel), window, 1), s.x())
@@ -65,7 +63,7 @@ def tiles(s: Site, window: Window) -> bool:
 def enlarged(s: Site, m: Tensor, window: Window) -> Tensor:
     """Each entry repeated over its tile, and zeros where the data is longer than the tiles."""
     op, scales = s.op, np.array([1, 1, *window.kernel], np.float32)
-    wide: Tensor = op.Resize(
+    wide = op.Resize(
         m,
         None,
         scales,
@@ -140,9 +138,9 @@ def global_average_pull(s: Site, i: int) -> Tensor:
     """
     op, known = s.op, sizes(s, s.x())
     if known is not None:
-        return op.Mul(s.m, 1 / math.prod(known))  # type: ignore[no-any-return]
+        return op.Mul(s.m, 1 / math.prod(known))
     per_axis = op.Reciprocal(op.Cast(op.Shape(s.x(), start=2), to=s.graph.dtype(s.m)))
-    return op.Mul(s.m, op.ReduceProd(per_axis, keepdims=0))  # type: ignore[no-any-return]
+    return op.Mul(s.m, op.ReduceProd(per_axis, keepdims=0))
 
 
 add(Linear(op="GlobalAveragePool", pull=global_average_pull))
@@ -165,7 +163,7 @@ def pool_winner(s: Site) -> Tensor:
     if shape is None or shape[0] != 1:
         picked = op.Sub(picked, sample_offset(s, s.x()))
     # A window of nothing but NaN or −∞ has no winner; the runtime says −1.
-    return op.Max(picked, 0)  # type: ignore[no-any-return]
+    return op.Max(picked, 0)
 
 
 def sample_offset(s: Site, x: Tensor) -> Tensor:
@@ -174,7 +172,7 @@ def sample_offset(s: Site, x: Tensor) -> Tensor:
     count = op.Shape(op.Flatten(x), start=1, end=2)
     zero = s.graph.constant(0, np.int64)
     sample = op.Range(zero, op.Squeeze(op.Shape(x, end=1)), 1)
-    return op.Reshape(op.Mul(sample, count), [-1] + [1] * (s.rank(x) - 1))  # type: ignore[no-any-return]
+    return op.Reshape(op.Mul(sample, count), [-1] + [1] * (s.rank(x) - 1))
 
 
 def pool_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:
@@ -205,7 +203,7 @@ def global_winner(s: Site) -> Tensor:
 
 def channels(s: Site, tensor: Tensor) -> Tensor:
     """[N, C, …] as [N, C, positions]."""
-    return s.op.Reshape(tensor, [0, 0, -1])  # type: ignore[no-any-return]
+    return s.op.Reshape(tensor, [0, 0, -1])
 
 
 def global_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Composite, Linear, Site, add
+from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add
 from onnx_attrib.rules.broadcast import refine
 from onnx_attrib.rules.indexing import sizes
 from onnx_attrib.rules.shape import DATA_ONLY
@@ -58,3 +58,75 @@ def mean_pull(s: Site, i: int) -> Tensor:
 
 add(Linear(op="ReduceSum", pull=lambda s, i: kept(s, s.m), blocked=DATA_ONLY))
 add(Linear(op="ReduceMean", pull=mean_pull, blocked=DATA_ONLY))
+
+
+# -- by definition: an elementwise function, a sum, perhaps another function -----------------------
+
+
+def total(s: Site, terms: Tensor) -> Tensor:
+    """Sum ``terms`` over the axes that the operator reduces."""
+    result: Tensor = s.graph.emit("ReduceSum", terms, s.optional(1), **s.node.attrs)
+    return result
+
+
+def norm_pull(s: Site, i: int) -> Tensor:
+    """Forward form y = √Σ x². Backward returns m · x / y, and zero where y is."""
+    op = s.op
+    share = op.Where(op.Equal(s.y, 0.0), 0.0, op.Div(s.m, s.y))
+    return op.Mul(kept(s, share), s.x())
+
+
+def norm_definition(s: Site) -> Sequence[Tensor]:
+    """√Σ x², where a sum of zero counts as the smallest number: the root has a slope there."""
+    tiny = np.finfo(s.graph.dtype(s.x())).tiny
+    return [s.op.Sqrt(s.op.Max(total(s, s.op.Pow(s.x(), 2.0)), tiny))]
+
+
+def product_pull(s: Site, i: int) -> Tensor:
+    """Forward form y = Π x. Backward returns m · Π of the other entries.
+
+    These are y / x if no entry is zero. If one is, only that one has a product left.
+    """
+    op, x, attributes = s.op, s.x(), {**s.node.attrs, "keepdims": 1}
+    one, zero = np.ones((), s.graph.dtype(x)), np.zeros((), s.graph.dtype(x))
+    vanishes = op.Equal(x, zero)
+    entries = op.Where(vanishes, one, x)
+    product = op.ReduceProd(entries, s.optional(1), **attributes)
+    zeros = op.ReduceSum(op.Where(vanishes, one, zero), s.optional(1), **attributes)
+    alone = op.Where(op.Equal(zeros, one), product, zero)
+    others = op.Where(op.Equal(zeros, zero), op.Div(product, entries), zero)
+    return op.Mul(kept(s, s.m), op.Where(vanishes, alone, others))
+
+
+def halves(s: Site, tensor: Tensor, length: int, axis: int) -> Sequence[Tensor]:
+    """The halves of ``tensor`` along an axis of known length, and an odd last entry."""
+    half, odd = divmod(length, 2)
+    parts = [half, half, 1][: 2 + odd]
+    result: Sequence[Tensor] = s.op.Split(tensor, parts, axis=axis, outputs=len(parts))
+    return result
+
+
+def product_definition(s: Site) -> Sequence[Tensor]:
+    """Products of pairs, halving each axis until one entry is left."""
+    op, result, axes = s.op, s.x(), reduced_axes(s)
+    count = None if axes is None else sizes(s, s.x(), np.array(axes, np.int64))
+    if axes is None or not isinstance(count, np.ndarray):
+        raise Unsupported("a product over axes of unknown size has no definition to compare with")
+    if not np.all(count):
+        raise Unsupported("a product over an empty axis")
+    for axis, length in zip(axes, count.tolist(), strict=True):
+        while length > 1:
+            left, right, *rest = halves(s, result, length, axis)
+            result = op.Concat(op.Mul(left, right), *rest, axis=axis)
+            length -= length // 2
+    return [result if s.attr("keepdims") else op.Squeeze(result, list(axes))]
+
+
+for name, definition in {
+    "ReduceSumSquare": lambda s: [total(s, s.op.Pow(s.x(), 2.0))],
+    "ReduceL1": lambda s: [total(s, s.op.Abs(s.x()))],
+    "ReduceLogSum": lambda s: [s.op.Log(total(s, s.x()))],
+}.items():
+    add(Composite(op=name, decompose=definition, blocked=DATA_ONLY))
+add(Composite(op="ReduceL2", decompose=norm_definition, pull=norm_pull, blocked=DATA_ONLY))
+add(Composite(op="ReduceProd", decompose=product_definition, pull=product_pull, blocked=DATA_ONLY))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Linear, Site, add
+from onnx_attrib.rules.base import Linear, Site, Unsupported, add
 
 DATA_ONLY = frozenset(range(1, 8))
 
@@ -22,10 +22,28 @@ def inverse_transpose(s: Site, i: int) -> Tensor:
     return s.op.Transpose(s.m, perm=[int(k) for k in np.argsort(order)])
 
 
+def inference_dropout(s: Site, i: int) -> Tensor:
+    """Forward form: the identity, unless told to train. Backward returns M."""
+    training = s.value(2)
+    if s.optional(2) is not None and (training is None or training.any()):
+        raise Unsupported(
+            "Dropout in training mode is random"
+            if training is not None
+            else "the training mode is chosen at run time"
+        )
+    return s.m
+
+
+def cast_back(s: Site, i: int) -> Tensor:
+    """Forward form: the same numbers in another float type. Backward returns M in X's type."""
+    return s.op.Cast(s.m, to=s.graph.dtype(s.x()))
+
+
 for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
     add(Linear(op=name, pull=back_to_input, blocked=DATA_ONLY))
 add(Linear(op="Transpose", pull=inverse_transpose))
 add(Linear(op="Identity", pull=lambda s, i: s.m, lazy=True))
-# At inference Dropout is the identity; its second output is a mask.
-add(Linear(op="Dropout", pull=lambda s, i: s.m, lazy=True, blocked=DATA_ONLY))
-add(Linear(op="Cast", pull=lambda s, i: s.op.Cast(s.m, to=s.graph.dtype(s.x())), lazy=True))
+# Dropout's second output is a mask.
+add(Linear(op="Dropout", pull=inference_dropout, lazy=True, blocked=DATA_ONLY))
+for name in ("Cast", "CastLike"):
+    add(Linear(op=name, pull=cast_back, lazy=True, blocked=DATA_ONLY))

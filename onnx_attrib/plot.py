@@ -1,0 +1,306 @@
+"""Pictures of explanations: the input beside what speaks for and against the explained output.
+
+Red is for, blue against; the colour scale is symmetric around zero and ends at a robust percentile,
+so that one extreme entry does not fade the rest. Needs matplotlib, but no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_attrib.errors import CompileError, RuntimeMissingError
+
+Array = npt.NDArray[Any]
+Kind = Literal["image", "signal", "bars"]
+
+MOST = 8
+"""Samples in one figure."""
+PERCENTILE = 99.0
+FOR, AGAINST, NEUTRAL = "#b2182b", "#2166ac", "#4d4d4d"
+_DIVERGING, _SEQUENTIAL = "RdBu_r", "Reds"
+_CHANNELS = 8
+"""A short axis of at most this length is one of channels, which are summed."""
+_FEW = 32
+"""At most this many features get a labelled bar each."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One sample to draw.
+
+    ``attribution``: [H, W] for an image, [L] for a signal or bars. ``shown``: the input beside it;
+    pixels [H, W, C] from 0 to 255, or values [C, L] of a signal or [L] of features; None leaves it
+    out. ``labels``: names of features or positions.
+    """
+
+    kind: Kind
+    attribution: Array
+    shown: Array | None = None
+    title: str = ""
+    source: str = "input"
+    labels: Sequence[str] = ()
+
+
+def panel_of(
+    attribution: Array,
+    value: Array | None = None,
+    *,
+    pixels: Array | None = None,
+    inner: bool = False,
+    channels_last: bool = False,
+    **rest: Any,
+) -> Panel:
+    """The panel that suits one sample's attribution (without its batch axis).
+
+    [C, H, W] (or [H, W, C]) and volumes (their slice of most attribution) become images, [C, L]
+    and [L, C] with few channels signals, other [H, W] heat maps, [F] bars. ``value``: the sample,
+    of the same shape. ``pixels``: [H, W, C], the picture it came from, shown in place of the
+    values. ``inner``: the attribution is of an inner tensor, so that [L, D] is one of embeddings,
+    summed over D.
+    """
+    a = np.nan_to_num(np.asarray(attribution, np.float64))
+    if a.ndim > 3:
+        a, value = _slice(a, value, channels_last)
+    if a.ndim == 3:
+        axis = 2 if channels_last else 0
+        if pixels is None and value is not None:
+            pixels = as_pixels(np.moveaxis(value, axis, 2))
+        return Panel("image", a.sum(axis=axis), pixels, **rest)
+    if pixels is not None and a.ndim == 2:
+        return Panel("image", a, pixels, **rest)
+    if a.ndim == 2:
+        if inner:
+            return Panel("bars" if len(a) <= _FEW else "signal", a.sum(axis=1), **rest)
+        if min(a.shape) <= _CHANNELS:
+            axis = int(np.argmin(a.shape))
+            shown = None if value is None else np.moveaxis(value, axis, 0)
+            return Panel("signal", a.sum(axis=axis), shown, **rest)
+        return Panel("image", a, None if value is None else as_pixels(value[..., None]), **rest)
+    a = a.reshape(-1)
+    if value is not None:
+        value = value.reshape(-1)
+    if a.size <= _FEW:
+        return Panel("bars", a, value, **rest)
+    return Panel("signal", a, None if value is None else value[None], **rest)
+
+
+def as_pixels(values: Array) -> Array:
+    """Values [H, W, C] as pixels from 0 to 255, [H, W, 1 or 3]: their own range, stretched."""
+    values = np.asarray(values, np.float64)
+    if values.shape[-1] not in (1, 3):
+        values = values[..., :3] if values.shape[-1] == 4 else values.mean(axis=-1, keepdims=True)
+    low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
+    if not np.isfinite(high - low) or high <= low:
+        return np.full(values.shape, 255, np.uint8)
+    return ((values - low) * (255 / (high - low))).round().astype(np.uint8)
+
+
+def draw(panels: Sequence[Panel], heading: str = "", signed: bool = True) -> Any:
+    """A matplotlib Figure of up to :data:`MOST` panels.
+
+    ``signed``: attributions can be negative, so zero is the middle of the colours; else they run
+    from white. Raises RuntimeMissingError without matplotlib.
+    """
+    figure_module = _matplotlib()
+    panels = list(panels)[:MOST]
+    pictures = all(panel.kind == "image" for panel in panels)
+    columns = 1 if len(panels) <= (2 if pictures else 3) else 2
+    rows = -(-len(panels) // columns)
+    cell = _cell(panels)
+    figure = figure_module.Figure(
+        figsize=(cell[0] * columns, cell[1] * rows + 0.45), dpi=150, layout="constrained"
+    )
+    if heading:
+        figure.suptitle(heading, fontsize=11, fontweight="bold")
+    grid = figure.subfigures(rows, columns, squeeze=False)
+    for panel, part in zip(panels, grid.flat, strict=False):
+        {"image": _image, "signal": _signal, "bars": _bars}[panel.kind](part, panel, signed)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure in the format of the file's ending; CompileError if that cannot be done."""
+    known = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in known:
+        raise CompileError(f"cannot draw a '{path.suffix}' file; choose from: {', '.join(known)}")
+    figure.savefig(path, format=kind)
+
+
+def limit(attribution: Array) -> float:
+    """The end of the colour scale: a high percentile of the size, or the largest if that is 0."""
+    size = np.abs(attribution)
+    if not size.size:
+        return 1.0
+    return float(np.percentile(size, PERCENTILE)) or float(size.max()) or 1.0
+
+
+# -- kinds -----------------------------------------------------------------------------------------
+
+
+def _cell(panels: Sequence[Panel]) -> tuple[float, float]:
+    if any(panel.kind == "image" for panel in panels):
+        ratios = [p.attribution.shape[0] / p.attribution.shape[1] for p in panels if p.kind == "image"]
+        return 7.2, float(np.clip(3.1 * max(ratios), 1.6, 6.0)) + 0.45
+    if any(panel.kind == "bars" for panel in panels):
+        return 6.4, 1.0 + 0.21 * max(len(p.attribution) for p in panels if p.kind == "bars")
+    return 7.2, 3.2
+
+
+def _image(part: Any, panel: Panel, signed: bool) -> None:
+    a, shown = panel.attribution, panel.shown
+    axes = part.subplots(1, 1 if shown is None else 2, squeeze=False)[0]
+    height, width = a.shape
+    # One coordinate system, so that a coarse layer lies where it looks.
+    extent = (0, width, height, 0)
+    if shown is not None:
+        smooth = "nearest" if max(shown.shape[:2]) <= 128 else "antialiased"
+        flat = shown[..., 0] if shown.shape[-1] == 1 else shown
+        axes[0].imshow(flat, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth)
+        axes[0].set_title(_short(panel.source), fontsize=9)
+    heat = axes[-1]
+    end, floor = limit(a), 0.0
+    if signed:
+        floor = -end
+    options: dict[str, Any] = {
+        "cmap": _DIVERGING if signed else _SEQUENTIAL,
+        "vmin": floor,
+        "vmax": end,
+        "extent": extent,
+        "interpolation": "nearest",
+    }
+    if shown is not None:
+        # The input shines through, pale, where there is little attribution.
+        pale = 255 - (255 - _gray(shown)) * 0.3
+        heat.imshow(pale, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth)
+        options["alpha"] = np.clip(np.abs(a) / end, 0, 1) ** 0.6
+    heat.imshow(a, **options)
+    heat.set_title(_short(panel.title), fontsize=9)
+    for ax in axes:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        for spine in ax.spines.values():
+            spine.set_linewidth(0.5)
+            spine.set_color("#999999")
+    _colour_bar(part, heat, options, signed, bool((np.abs(a) > end).any()))
+
+
+def _colour_bar(part: Any, heat: Any, options: dict[str, Any], signed: bool, beyond: bool) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    mappable = ScalarMappable(Normalize(options["vmin"], options["vmax"]), options["cmap"])
+    place = heat.inset_axes((1.04, 0.0, 0.045, 1.0))
+    extend = ("both" if signed else "max") if beyond else "neither"
+    bar = part.colorbar(mappable, cax=place, extend=extend)
+    bar.ax.tick_params(labelsize=7)
+    bar.formatter.set_powerlimits((-3, 4))
+    bar.ax.yaxis.get_offset_text().set_fontsize(7)
+    bar.outline.set_linewidth(0.5)
+    bar.set_label("against ← attribution → for" if signed else "attribution", fontsize=8)
+
+
+def _signal(part: Any, panel: Panel, signed: bool) -> None:
+    a, shown = panel.attribution, panel.shown
+    count = 1 if shown is None else 2
+    axes = part.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
+    at = np.arange(len(a))
+    if shown is not None:
+        if len(shown) > 1 and _is_one_hot(shown):
+            axes[0].imshow(
+                shown, cmap="gray_r", aspect="auto", interpolation="nearest", vmin=0, vmax=1
+            )
+            axes[0].set_yticks(range(len(shown)))
+        else:
+            for row in shown:
+                axes[0].plot(at, row, linewidth=0.8, color=NEUTRAL if len(shown) == 1 else None)
+        axes[0].set_title(_short(panel.source), fontsize=9, loc="left")
+        axes[0].set_ylabel("value", fontsize=8)
+    lower = axes[-1]
+    if len(a) <= 128:
+        lower.bar(at, a, width=0.9, color=_colours(a))
+    else:
+        for part_of, colour in ((a.clip(min=0), FOR), (a.clip(max=0), AGAINST)):
+            lower.fill_between(at, part_of, step="mid", color=colour, linewidth=0.4)
+    lower.axhline(0, color="black", linewidth=0.5)
+    lower.set_title(_short(panel.title), fontsize=9, loc="left")
+    lower.set_ylabel("attribution", fontsize=8)
+    if len(panel.labels) == len(a) <= 64:
+        lower.set_xticks(at, [_short(label, 16) for label in panel.labels], rotation=90)
+    lower.set_xlim(-0.5, len(a) - 0.5)
+    _tidy(axes)
+
+
+def _bars(part: Any, panel: Panel, signed: bool) -> None:
+    a, ax = panel.attribution, part.subplots(1, 1)
+    at = np.arange(len(a))
+    ax.barh(at, a, color=_colours(a), height=0.75)
+    labels = list(panel.labels) if len(panel.labels) == len(a) else [str(i) for i in at]
+    if panel.shown is not None and panel.shown.size == a.size:
+        values = panel.shown.reshape(-1)
+        labels = [f"{name} = {value:.4g}" for name, value in zip(labels, values, strict=True)]
+    ax.set_yticks(at, [_short(label, 28) for label in labels])
+    ax.invert_yaxis()
+    ax.axvline(0, color="black", linewidth=0.5)
+    ax.set_xlabel("against ← attribution → for" if signed else "attribution", fontsize=8)
+    ax.set_title(_short(panel.title), fontsize=9, loc="left")
+    _tidy([ax])
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def _tidy(axes: Any) -> None:
+    for ax in axes:
+        ax.tick_params(labelsize=7)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+
+
+def _colours(a: Array) -> list[str]:
+    return [FOR if value >= 0 else AGAINST for value in a]
+
+
+def _gray(pixels: Array) -> Array:
+    if pixels.shape[-1] == 1:
+        return pixels[..., 0].astype(np.float64)
+    return np.asarray(pixels[..., :3].astype(np.float64) @ np.array([0.299, 0.587, 0.114]))
+
+
+def _is_one_hot(values: Array) -> bool:
+    return bool(np.isin(values, (0, 1)).all()) and bool((values.sum(axis=0) <= 1).all())
+
+
+def _slice(a: Array, value: Array | None, channels_last: bool) -> tuple[Array, Array | None]:
+    """[C, D, H, W] at the depth of most attribution; more axes likewise."""
+    while a.ndim > 3:
+        axis = 0 if channels_last else 1
+        others = tuple(i for i in range(a.ndim) if i != axis)
+        best = int(np.abs(a).sum(axis=others).argmax())
+        a = a.take(best, axis=axis)
+        value = None if value is None else value.take(best, axis=axis)
+    return a, value
+
+
+def _short(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _matplotlib() -> ModuleType:
+    try:
+        import matplotlib.figure
+    except ImportError:
+        raise RuntimeMissingError(
+            "drawing needs matplotlib: pip install onnx-attrib[plot]"
+        ) from None
+    return matplotlib.figure
+
+
+__all__ = ["MOST", "Panel", "as_pixels", "draw", "limit", "panel_of", "save"]
