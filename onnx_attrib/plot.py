@@ -290,7 +290,9 @@ def _slice(a: Array, value: Array | None, channels_last: bool) -> tuple[Array, A
 
 
 def _short(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    # A dollar sign would start a formula.
+    return text.replace("$", r"\$")
 
 
 def _matplotlib() -> ModuleType:

@@ -77,22 +77,27 @@ def attributed_tensors(
     if found:
         live = [t for t in found if _reaches(upstream, t)]
         return live or found
-    embeddings = [
+    looked_up = embeddings(graph, upstream)
+    if not looked_up:
+        kinds = ", ".join(f"{t.name}: {t.dtype}" for t in graph.inputs)
+        raise CompileError(
+            f"no float input reaches the output, and no embedding was found (inputs: {kinds}); "
+            "name an inner float tensor with inputs=[...] (--input)"
+        )
+    return looked_up
+
+
+def embeddings(graph: Graph, nodes: Sequence[Node]) -> list[Tensor]:
+    """Rows of constant float tables that are picked at run time."""
+    return [
         node.outputs[0]
-        for node in upstream
+        for node in nodes
         if node.op == "Gather"
         and is_float(node.outputs[0].dtype)
         and graph.value(node.inputs[0]) is not None
         and len(graph.shape(node.inputs[0]) or ()) == 2
         and graph.value(node.inputs[1]) is None
     ]
-    if not embeddings:
-        kinds = ", ".join(f"{t.name}: {t.dtype}" for t in graph.inputs)
-        raise CompileError(
-            f"no float input reaches the output, and no embedding was found (inputs: {kinds}); "
-            "name an inner float tensor with inputs=[...] (--input)"
-        )
-    return embeddings
 
 
 def ancestors(graph: Graph, output: Tensor) -> list[Node]:
