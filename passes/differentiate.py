@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
 from onnx_attrib.errors import Offence, UnsupportedOpError
-from onnx_attrib.ir import OPSET, Dim, Graph, Node, Tensor, Values
+from onnx_attrib.ir import OPSET, Dim, Graph, Node, Tensor, Values, is_float
 from onnx_attrib.job import Cluster, Job
 from onnx_attrib.methods.base import GRADIENT, Shares, Table
 from onnx_attrib.rules import Composite, Elementwise, Rule, Site, Unsupported
@@ -196,8 +196,13 @@ def flow(nodes: Sequence[Node], roots: set[str]) -> set[str]:
     active = set(roots)
     for node in nodes:
         if active_inputs(node, active):
-            active.update(t.name for t in node.outputs if t.name)
+            # Indices and the like (MaxPool, TopK, Cast to an integer) carry nothing back.
+            active.update(t.name for t in node.outputs if t.name and _may_carry(t))
     return active
+
+
+def _may_carry(tensor: Tensor) -> bool:
+    return tensor.dtype is None or is_float(tensor.dtype)
 
 
 def offence(node: Node, reason: str) -> Offence:

@@ -21,9 +21,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
-import zoo  # noqa: E402
-
 import onnx_attrib  # noqa: E402
+
+from . import zoo  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -159,9 +159,9 @@ def check_gradient(case: Case) -> None:
         assert cosine > 0.99
 
 
-def check_deeplift(case: Case, references: int) -> None:
+def check_deeplift(case: Case, references: int, **options: str) -> None:
     compiled = onnx_attrib.compile(
-        case.model, method="deeplift", target="input", baseline="input", delta=True
+        case.model, method="deeplift", target="input", baseline="input", delta=True, **options
     )
     check(compiled, ["x", "target", "x_baseline"], ["y", "x_attribution", "convergence_delta"])
     baseline = zoo.baseline(case.name, references, seed=6).numpy()
@@ -190,6 +190,23 @@ def test_gradient_equals_autograd(case: Case) -> None:
 @pytest.mark.parametrize("references", [1, BATCH], ids=["shared", "paired"])
 def test_deeplift_sums_to_the_difference(case: Case, references: int) -> None:
     check_deeplift(case, references)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gated_product", {"product": "gradient"}),
+        ("encoder", {"product": "gradient"}),
+        ("dilated_pool", {"maxpool": "gradient"}),
+        ("adjacent", {"maxpool": "gradient"}),
+    ],
+)
+def test_the_sum_depends_on_the_rule(name: str, options: dict[str, str]) -> None:
+    """The check above notices a product or a pool that does not conserve."""
+    case = Case.make(name, "dynamo")
+    check_deeplift(case, BATCH)
+    with pytest.raises(AssertionError, match="is not"):
+        check_deeplift(case, BATCH, **options)
 
 
 # Older opsets spell the same networks differently: LayerNorm and GELU in primitive operators,

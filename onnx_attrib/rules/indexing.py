@@ -32,6 +32,7 @@ _NUMPY = {
     "Less": np.less,
     "Max": np.maximum,
     "Min": np.minimum,
+    "Reshape": np.reshape,
     "Where": np.where,
 }
 
@@ -74,6 +75,13 @@ def sizes(s: Site, tensor: Tensor, axes: Ints = None) -> Ints:
     return full if axes is None else s.op.Gather(full, axes)
 
 
+def count_up(s: Site, size: Ints) -> Ints:
+    """0, 1, … up to a size, given as a vector of one entry."""
+    if isinstance(size, np.ndarray):
+        return np.arange(size.item())
+    return s.op.Range(np.int64(0), s.op.Squeeze(size, [0]), np.int64(1))
+
+
 def axis_of(s: Site, like: Tensor, name: str = "axis") -> int:
     """An axis attribute, counted from the front."""
     axis = int(s.attr(name))
@@ -95,10 +103,8 @@ def scatter(s: Site, m: Tensor, positions: Tensor, like: Tensor) -> Tensor:
 
 def replay(s: Site, i: int) -> Tensor:
     """Transpose of an operator that copies entries of input ``i`` to its only output."""
-    op, x = s.op, s.x(i)
-    count = op.Size(x)
-    number = op.Range(np.int64(0), count, np.int64(1))
-    inputs = list(s.inputs)
+    op, x, inputs = s.op, s.x(i), list(s.inputs)
+    number = op.Range(np.int64(0), op.Size(x), np.int64(1))
     inputs[i] = op.Reshape(number, s.shape_of(x))
     return scatter(s, s.m, s.graph.emit(s.node.op, *inputs, **s.node.attrs), x)
 
@@ -148,9 +154,7 @@ def slice_pull(s: Site, i: int) -> Tensor:
     """
     starts, axes, steps = (whole_numbers(s, k) for k in (1, 3, 4))
     if axes is None:
-        length = sizes(s, s.x(1))
-        axes = s.op.Range(np.int64(0), s.op.Squeeze(length), np.int64(1))
-        axes = np.arange(length[0]) if isinstance(length, np.ndarray) else axes
+        axes = count_up(s, sizes(s, s.x(1)))
     steps = np.ones(1, np.int64) if steps is None else steps
     if isinstance(steps, Tensor) or (isinstance(axes, Tensor) and np.any(steps != 1)):
         return replay(s, i)
@@ -169,15 +173,13 @@ def slice_pull(s: Site, i: int) -> Tensor:
         turned = axes[steps < 0]
         ends = np.full(len(turned), -_LAST)
         m = s.op.Slice(m, -np.ones_like(turned), ends, turned, -np.ones_like(turned))
-    for axis, step in zip(axes, stride, strict=False):
-        m = spread(s, m, int(axis), int(step))
+    for place in np.flatnonzero(stride > 1):
+        m = spread(s, m, int(axes[place]), int(stride[place]))
     return s.op.Pad(m, join(s, before, after), None, axes)
 
 
 def spread(s: Site, m: Tensor, axis: int, step: int) -> Tensor:
     """Put ``step`` − 1 zeros behind each entry along ``axis``."""
-    if step == 1:
-        return m
     rank = s.rank(s.y)
     axis %= rank
     column = s.op.Unsqueeze(m, [axis + 1])
@@ -218,11 +220,7 @@ def fold_in(s: Site, m: Tensor, axis: int, pads: np.ndarray) -> Tensor:
     """Take pads that copied entries off one axis and add them where they came from."""
     op, before, mode = s.op, pads[:1], s.attr("mode")
     extent = sizes(s, s.x(), np.array([axis]))
-    if isinstance(extent, np.ndarray):
-        source = np.pad(np.arange(extent[0]), (pads[0], pads[1]), mode=mode)
-    else:
-        number = op.Range(np.int64(0), op.Squeeze(extent), np.int64(1))
-        source = op.Pad(number, pads, mode=mode)
+    source = op.Pad(count_up(s, extent), pads, mode=mode)
     end = calc(s, "Add", before, extent)
 
     def border(tensor: Any, k: int) -> Tensor:

@@ -12,88 +12,69 @@ import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Elementwise, MaxLike, Site, Unsupported, add, only
-from onnx_attrib.rules.indexing import axis_of, sizes
-from onnx_attrib.rules.reduction import halves, reduced_axes
+from onnx_attrib.rules.indexing import Ints, axis_of, calc, count_up, sizes
+from onnx_attrib.rules.reduction import halves, kept, reduced_axes, unreduced
 from onnx_attrib.rules.shape import DATA_ONLY
 
 # -- over axes -------------------------------------------------------------------------------------
+# Positions have the shape of the output and count along the reduced axes taken as one.
 
 
-def axes_of(s: Site) -> tuple[int, ...]:
-    """The axes reduced."""
+def only_axis(s: Site) -> int | None:
+    """The one axis that is reduced, or None if there are more or they are not known."""
     axes = reduced_axes(s)
-    if axes is None:
-        raise Unsupported("the axes are computed at run time")
-    return axes
+    return axes[0] if axes is not None and len(axes) == 1 else None
 
 
-def gathered(s: Site, tensor: Tensor) -> tuple[Tensor, int]:
-    """``tensor``, shaped like the input, with all reduced axes as one; and which one it is."""
-    axes = axes_of(s)
-    if len(axes) == 1:
-        return tensor, axes[0]
-    order, rank = _kept_first(s), s.rank(s.x())
-    if order != list(range(rank)):
-        tensor = s.op.Transpose(tensor, perm=order)
-    others = rank - len(axes)
-    return s.op.Reshape(tensor, [*[0] * others, -1]), others
-
-
-def spread_out(s: Site, tensor: Tensor) -> Tensor:
-    """The inverse of :func:`gathered`."""
-    if len(axes_of(s)) == 1:
-        return tensor
-    order = _kept_first(s)
-    tensor = s.op.Reshape(tensor, sizes(s, s.x(), np.array(order, np.int64)))
-    if order != sorted(order):
-        tensor = s.op.Transpose(tensor, perm=[int(k) for k in np.argsort(order)])
-    return tensor
-
-
-def _kept_first(s: Site) -> list[int]:
-    axes = axes_of(s)
-    return [k for k in range(s.rank(s.x())) if k not in axes] + list(axes)
-
-
-def widened(s: Site, tensor: Tensor) -> Tensor:
-    """``tensor``, shaped like the output, as one entry along the axis of :func:`gathered`."""
-    axes, keepdims = axes_of(s), s.attr("keepdims")
-    if len(axes) == 1:
-        return tensor if keepdims else s.op.Unsqueeze(tensor, list(axes))
-    if axes and keepdims:
-        tensor = s.op.Squeeze(tensor, list(axes))
-    return s.op.Unsqueeze(tensor, [-1])
-
-
-def narrowed(s: Site, tensor: Tensor) -> Tensor:
-    """The inverse of :func:`widened`."""
-    axes, keepdims = axes_of(s), s.attr("keepdims")
-    if len(axes) == 1:
-        return tensor if keepdims else s.op.Squeeze(tensor, list(axes))
-    tensor = s.op.Squeeze(tensor, [-1])
-    return s.op.Unsqueeze(tensor, list(axes)) if axes and keepdims else tensor
+def numbers(s: Site) -> Ints:
+    """The position of each entry, in a shape that broadcasts to the input's."""
+    axes, rank = reduced_axes(s), s.rank(s.x())
+    position: Ints = np.zeros((), np.int64)
+    for axis in range(rank) if axes is None else axes:
+        size = sizes(s, s.x(), np.array([axis]))
+        count = count_up(s, size)
+        if axes is None:
+            # A reduced axis counts in full, any other as one.
+            size = s.op.Div(size, sizes(s, unreduced(s), np.array([axis])))
+            count = s.op.Mod(count, size)
+        column = [-1, *[1] * (rank - axis - 1)]
+        count = calc(s, "Reshape", count, column)
+        position = calc(s, "Add", calc(s, "Mul", position, size), count)
+    return position
 
 
 def reduction(op: str, arg: str, sense: int) -> None:
     """Forward form: the largest (smallest) entry over some axes.
 
-    Positions have the shape of the output and count along the reduced axes taken as one.
+    Along one known axis positions are found and used by ArgMax, GatherElements and
+    ScatterElements; over others by comparing the entries with the output, and their numbers with
+    the position.
     """
 
     def winner(s: Site) -> Tensor:
-        flat, axis = gathered(s, s.x())
-        return narrowed(s, s.graph.emit(arg, flat, axis=axis, keepdims=1))
+        axis = only_axis(s)
+        if axis is not None:
+            return s.graph.emit(arg, s.x(), axis=axis, keepdims=s.attr("keepdims"))
+        best = s.op.Equal(s.x(), kept(s, s.y))
+        first = s.op.Where(best, numbers(s), np.iinfo(np.int64).max)
+        return s.graph.emit("ReduceMin", first, s.optional(1), **s.node.attrs)
 
     def take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:
-        if values[0] is None:
+        axis, value = only_axis(s), values[0]
+        if value is None:
             return s.zeros_like(s.y)
-        flat, axis = gathered(s, values[0])
-        return narrowed(s, s.op.GatherElements(flat, widened(s, position), axis=axis))
+        place = kept(s, position)
+        if axis is None:
+            there = s.op.Where(s.op.Equal(numbers(s), place), value, 0.0)
+            return s.graph.emit("ReduceSum", there, s.optional(1), **s.node.attrs)
+        entry = s.op.GatherElements(value, place, axis=axis)
+        return entry if s.attr("keepdims") else s.op.Squeeze(entry, [axis])
 
     def put(s: Site, values: Tensor, position: Tensor) -> dict[int, Tensor]:
-        flat, axis = gathered(s, s.zeros_like(s.x()))
-        filled = s.op.ScatterElements(flat, widened(s, position), widened(s, values), axis=axis)
-        return {0: spread_out(s, filled)}
+        axis, share, place = only_axis(s), kept(s, values), kept(s, position)
+        if axis is None:
+            return {0: s.op.Where(s.op.Equal(numbers(s), place), share, 0.0)}
+        return {0: s.op.ScatterElements(s.zeros_like(s.x()), place, share, axis=axis)}
 
     add(MaxLike(op=op, winner=winner, take=take, put=put, sense=sense, blocked=DATA_ONLY))
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_attrib.ir import Tensor
+from onnx_attrib.ir import Tensor, static
 from onnx_attrib.rules.base import Linear, MaxLike, Site, Unsupported, add
 from onnx_attrib.rules.broadcast import expand
 from onnx_attrib.rules.convolution import (
+    Ints,
     Window,
     ints,
     padding,
@@ -25,9 +26,31 @@ from onnx_attrib.rules.convolution import (
 def pool_window(site: Site) -> Window:
     """The window of a pooling operator."""
     window = window_of(site, ints(site, "kernel_shape"))
-    if site.attr("auto_pad").startswith("SAME") and window.extent != window.kernel:
+    if same_padded(site) and window.extent != window.kernel:
         raise Unsupported("auto_pad SAME with dilations, where runtimes disagree")
+    size, out = sizes(site, site.x()), sizes(site, site.y)
+    if site.attr("ceil_mode") and size is not None and out not in (None, rounded_up(size, window)):
+        raise Unsupported(
+            "ceil_mode with a window all in the padding: shape inference and runtimes disagree"
+        )
     return window
+
+
+def same_padded(site: Site) -> bool:
+    """Whether the padding follows from the size of the data."""
+    return bool(site.attr("auto_pad").startswith("SAME"))
+
+
+def rounded_up(size: Ints, window: Window) -> Ints:
+    """Sizes of the output under ``ceil_mode``: no window starts in the padding at the end."""
+    result = []
+    for j, length in enumerate(size):
+        begin = window.begin[j] if window.begin is not None else 0
+        end = window.end[j] if window.end is not None else 0
+        stride = window.strides[j]
+        count = -(-(length + begin + end - window.extent[j]) // stride) + 1
+        result.append(min(count, -(-(length + begin) // stride)))
+    return tuple(result)
 
 
 # -- averages --------------------------------------------------------------------------------------
@@ -41,6 +64,10 @@ def average_pull(s: Site, i: int) -> Tensor:
     resizing; with unit stride, pooling is its own transpose.
     """
     window, m = pool_window(s), s.m
+    if same_padded(s) and any(
+        k < gap for k, gap in zip(window.kernel, window.strides, strict=True)
+    ):
+        raise Unsupported("auto_pad SAME with strides beyond the kernel, where runtimes disagree")
     if counts_differ(s, window):
         m = s.op.Mul(m, share_of_full(s, window))
     mean = 1 / math.prod(window.kernel)
@@ -56,8 +83,8 @@ def average_pull(s: Site, i: int) -> Tensor:
 
 def tiles(s: Site, window: Window) -> bool:
     """Whether the windows lie side by side from the first entry on, none reaching past the end."""
-    padded = window.begin is None or any((*window.begin, *(window.end or ())))
-    return not padded and window.extent == window.strides and not s.attr("ceil_mode")
+    side_by_side = window.kernel == window.strides == window.extent
+    return side_by_side and not window.padded and not s.attr("ceil_mode")
 
 
 def enlarged(s: Site, m: Tensor, window: Window) -> Tensor:
@@ -95,8 +122,7 @@ def counts_differ(s: Site, window: Window) -> bool:
     """Whether some window may count fewer entries than the kernel has."""
     if s.attr("ceil_mode"):
         return True
-    padded = window.begin is None or any((*window.begin, *(window.end or ())))
-    return padded and not s.attr("count_include_pad")
+    return window.padded and not s.attr("count_include_pad")
 
 
 def share_of_full(s: Site, window: Window) -> Tensor:
@@ -105,15 +131,15 @@ def share_of_full(s: Site, window: Window) -> Tensor:
     Counted are those in the data, with ``count_include_pad`` also those in the padding, but never
     those past it, where rounding up the output's size may place the end of the last window.
     """
-    op, dtype = s.op, s.graph.dtype(s.m)
+    op, dtype, zero = s.op, s.graph.dtype(s.m), s.graph.constant(0, np.int64)
     begin, end = padding(s, window)
     size, out = size_vector(s, s.x()), size_vector(s, s.y)
     result: Tensor | None = None
     for j, (k, stride, dilation) in enumerate(
         zip(window.kernel, window.strides, window.dilations, strict=True)
     ):
-        zero = s.graph.constant(0, np.int64)
-        first = op.Sub(op.Mul(op.Range(zero, op.Gather(out, j), 1), stride), op.Gather(begin, j))
+        first = op.Mul(op.Range(zero, op.Gather(out, j), 1), stride)
+        first = op.Sub(first, op.Gather(begin, j))
         entries = op.Add(op.Unsqueeze(first, [1]), [dilation * n for n in range(k)])
         if s.attr("count_include_pad"):
             counted = op.Less(entries, op.Gather(op.Add(size, end), j))
@@ -159,20 +185,21 @@ def pool_winner(s: Site) -> Tensor:
     if s.attr("storage_order"):
         del attributes["storage_order"]
     _, picked = op.MaxPool(s.x(), outputs=2, **attributes)
-    shape = s.shape(s.x())
-    if shape is None or shape[0] != 1:
-        picked = op.Sub(picked, sample_offset(s, s.x()))
     # A window of nothing but NaN or −∞ has no winner; the runtime says −1.
-    return op.Max(picked, 0)
+    return op.Max(op.Sub(picked, sample_starts(s, s.x())), 0)
 
 
-def sample_offset(s: Site, x: Tensor) -> Tensor:
-    """[N, 1…]: the entries before each sample."""
-    op = s.op
-    count = op.Shape(op.Flatten(x), start=1, end=2)
-    zero = s.graph.constant(0, np.int64)
-    sample = op.Range(zero, op.Squeeze(op.Shape(x, end=1)), 1)
-    return op.Reshape(op.Mul(sample, count), [-1] + [1] * (s.rank(x) - 1))
+def sample_starts(s: Site, x: Tensor) -> Tensor:
+    """[N, 1…]: the position of each sample's first entry among all."""
+    op, shape = s.op, s.shape(x) or ()
+    known = static(shape[1:])
+    if known is None:
+        length = op.Squeeze(op.Shape(op.Flatten(x), start=1, end=2))
+    else:
+        length = s.graph.constant(math.prod(known), np.int64)
+    # The batch of a reference is known at run time only.
+    starts = op.Range(s.graph.constant(0, np.int64), op.Size(x), length)
+    return op.Reshape(starts, [-1] + [1] * (s.rank(x) - 1))
 
 
 def pool_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:
@@ -198,7 +225,8 @@ add(MaxLike(op="MaxPool", winner=pool_winner, take=pool_take, put=pool_put))
 
 def global_winner(s: Site) -> Tensor:
     """[N, C, 1…]: where in its channel, flattened, the maximum is."""
-    return s.reshape(s.op.ArgMax(channels(s, s.x()), axis=2, keepdims=1), s.y)
+    flat = s.op.ArgMax(channels(s, s.x()), axis=2, keepdims=1)
+    return s.op.Reshape(flat, [0, 0] + [1] * (s.rank(s.x()) - 2))
 
 
 def channels(s: Site, tensor: Tensor) -> Tensor:

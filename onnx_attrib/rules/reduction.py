@@ -28,14 +28,18 @@ def reduced_axes(s: Site) -> tuple[int, ...] | None:
     return () if s.attr("noop_with_empty_axes") else tuple(range(rank))
 
 
+def unreduced(s: Site) -> Tensor:
+    """The output with the reduced axes in place at size 1."""
+    attributes = {**s.node.attrs, "keepdims": 1}
+    return s.graph.emit(s.node.op, s.x(), s.optional(1), **attributes)
+
+
 def kept(s: Site, tensor: Tensor) -> Tensor:
     """``tensor``, shaped like the output, with the reduced axes in place at size 1."""
     axes = None if s.shape(s.x()) is None else reduced_axes(s)
     if axes is None:
         if not s.attr("keepdims"):
-            attributes = {**s.node.attrs, "keepdims": 1}
-            like = s.graph.emit(s.node.op, s.x(), s.optional(1), **attributes)
-            tensor = s.op.Reshape(tensor, s.op.Shape(like))
+            tensor = s.op.Reshape(tensor, s.op.Shape(unreduced(s)))
         # Nothing shows which axes are lazy.
         return s.op.Expand(tensor, s.shape_of(s.x()))
     if axes and not s.attr("keepdims"):
@@ -65,6 +69,8 @@ add(Linear(op="ReduceMean", pull=mean_pull, blocked=DATA_ONLY))
 
 def total(s: Site, terms: Tensor) -> Tensor:
     """Sum ``terms`` over the axes that the operator reduces."""
+    if reduced_axes(s) == ():
+        raise Unsupported("noop_with_empty_axes: ONNX's versions differ on what it returns")
     result: Tensor = s.graph.emit("ReduceSum", terms, s.optional(1), **s.node.attrs)
     return result
 
@@ -119,7 +125,7 @@ def product_definition(s: Site) -> Sequence[Tensor]:
             left, right, *rest = halves(s, result, length, axis)
             result = op.Concat(op.Mul(left, right), *rest, axis=axis)
             length -= length // 2
-    return [result if s.attr("keepdims") else op.Squeeze(result, list(axes))]
+    return [op.Squeeze(result, list(axes)) if axes and not s.attr("keepdims") else result]
 
 
 for name, definition in {

@@ -1,0 +1,221 @@
+"""What the commands share: how errors end, how arguments are read, how files appear."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnx_attrib.errors import CompileError, OptionError, suggest
+from onnx_attrib.methods import Method
+from onnx_attrib.methods import get as method_named
+
+DEBUG = "ONNX_ATTRIB_DEBUG"
+"""Set in the environment, it shows the traceback of an internal error."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Commands(click.Group):
+    """A group whose expected failures are one clear message and exit code 1."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As usual, naming the nearest command for an unknown one."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            advice = suggest(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"No such command '{args[0]}': {advice}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; nothing ends in a traceback."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except CompileError as error:
+            raise click.ClickException(str(error)) from None
+        except MemoryError:
+            raise click.ClickException("not enough memory") from None
+        except OSError as error:
+            place = f"'{error.filename}': " if error.filename else ""
+            raise click.ClickException(f"{place}{error.strerror or error}") from None
+        except Exception as error:
+            if os.environ.get(DEBUG):
+                raise
+            raise click.ClickException(
+                f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]}\n"
+                f"This is a bug in onnx-attrib. {DEBUG}=1 shows where it happened."
+            ) from None
+
+
+def forgiving_streams() -> None:
+    """Let a terminal that lacks a character show a '?' for it."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+class TargetType(click.ParamType):
+    """``input``, ``argmax``, ``seed``, an index, or indices with commas between them."""
+
+    name = "target"
+
+    def __init__(self, *modes: str) -> None:
+        self.modes = modes
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How the help shows it."""
+        return "|".join((*self.modes, "INT", "INT,INT"))
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | int | tuple[int, ...]:
+        """Read the text of a target."""
+        if not isinstance(value, str) or value in self.modes:
+            return value  # type: ignore[no-any-return]
+        try:
+            indices = tuple(int(part) for part in value.replace("−", "-").split(","))
+        except ValueError:
+            advice = suggest(value, self.modes) if self.modes else "give whole numbers"
+            self.fail(f"'{value}' is not a target: {advice}", param, ctx)
+        return indices[0] if len(indices) == 1 else indices
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them."""
+
+    name = "numbers"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How the help shows it."""
+        return "NUMBER[,NUMBER…]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Read the text of the numbers; a fraction such as 1/255 is one."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            return tuple(_number(part) for part in value.replace("−", "-").split(","))
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"'{value}' is not a number, or numbers with commas between", param, ctx)
+
+
+def _number(text: str) -> float:
+    above, _, below = text.partition("/")
+    return float(above) / float(below or 1)
+
+
+def number_or_text(text: str) -> float | str:
+    """A number if the text is one."""
+    try:
+        return float(text.replace("−", "-"))
+    except ValueError:
+        return text
+
+
+def chosen_method(
+    name: str, pairs: Sequence[str] = (), ctx: click.Context | None = None
+) -> tuple[Method, dict[str, Any]]:
+    """A method and its options from KEY=VALUE texts; UsageError with the nearest spelling."""
+    with as_usage_error():
+        method = method_named(name)
+        given: dict[str, str] = {}
+        for pair in pairs:
+            key, separator, value = pair.partition("=")
+            if not separator or not key:
+                raise OptionError(f"option '{pair}' is not of the form KEY=VALUE")
+            key = key.strip().replace("-", "_")
+            if key in given:
+                raise OptionError(f"option '{key}' is given twice")
+            given[key] = value.strip()
+        return method, method.parse(given)
+
+
+@contextmanager
+def as_usage_error() -> Iterator[None]:
+    """Turn OptionError into a usage error, which ends with exit code 2."""
+    try:
+        yield
+    except OptionError as error:
+        raise click.UsageError(str(error), click.get_current_context(silent=True)) from None
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then move it there."""
+    if path.is_dir():
+        raise CompileError(f"cannot write '{path}': Is a directory")
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            temporary = Path(folder) / path.name
+            write(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise CompileError(f"cannot write '{path}': {error.strerror or error}") from None
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; what is not finite becomes null."""
+    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
+def note(text: str) -> None:
+    """Say something that is not the result."""
+    click.echo(f"Note: {text}", err=True)
+
+
+@contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Show what is going on while it does, on a terminal only."""
+    stream = click.get_text_stream("stderr")
+    shown = stream.isatty()
+    if shown:
+        click.echo(f"{text} …", err=True, nl=False)
+    try:
+        yield
+    finally:
+        if shown:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def show_bytes(count: int) -> str:
+    """A file size for people."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def rows(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:
+    """Lines of labels and texts in two columns."""
+    width = max((len(label) for label, _ in pairs), default=0)
+    return "\n".join(f"{indent}{label:<{width}}  {text}".rstrip() for label, text in pairs)

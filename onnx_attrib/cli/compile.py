@@ -1,0 +1,197 @@
+"""``onnx-attrib compile``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnx_attrib.cli.common import (
+    TargetType,
+    chosen_method,
+    json_option,
+    number_or_text,
+    print_json,
+    progress,
+    rows,
+    show_bytes,
+)
+from onnx_attrib.compiler import prepare
+from onnx_attrib.errors import CompileError
+from onnx_attrib.inspection import behind_softmax
+from onnx_attrib.ir import Graph, Tensor
+from onnx_attrib.job import Job
+from onnx_attrib.model_io import save
+from onnx_attrib.runtime import show_shape
+
+
+@click.command(
+    "compile",
+    epilog="""\b
+Examples:
+  onnx-attrib compile model.onnx --method deeplift
+  onnx-attrib compile model.onnx --method integrated-gradients --option steps=100 --delta
+  onnx-attrib compile model.onnx --output logits --target argmax --baseline mean.npy
+""",
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where to write. [default: MODEL's stem + .METHOD.onnx, beside MODEL]",
+)
+@click.option(
+    "--method",
+    default="deeplift",
+    show_default=True,
+    metavar="NAME",
+    help="Attribution method; 'onnx-attrib methods' lists them.",
+)
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="TENSOR",
+    help="Attribute to this tensor: an input or any inner float tensor; may be repeated. "
+    "[default: the float inputs, else the embeddings]",
+)
+@click.option(
+    "--output", metavar="TENSOR", help="Explain this float tensor. [default: the first output]"
+)
+@click.option(
+    "--target",
+    type=TargetType("input", "argmax", "seed"),
+    default="input",
+    show_default=True,
+    help="What to explain: chosen at run time (input: an index, −1 the predicted class; seed: any "
+    "weighting), or fixed now.",
+)
+@click.option(
+    "--baseline",
+    default="zeros",
+    show_default=True,
+    metavar="zeros|input|NUMBER|FILE",
+    help="The reference x̄: fixed now (FILE: .npy or .npz), or given at run time (input).",
+)
+@click.option(
+    "--delta", is_flag=True, help="Add the output convergence_delta: Σ attribution − (S(x) − S(x̄))."
+)
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the method; may be repeated.",
+)
+@json_option
+def compile_command(
+    model: Path,
+    out: Path | None,
+    method: str,
+    inputs: tuple[str, ...],
+    output: str | None,
+    target: Any,
+    baseline: str,
+    delta: bool,
+    options: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Compile MODEL into one graph that computes its outputs and their attribution."""
+    chosen, parsed = chosen_method(method, options)
+    destination = _destination(model, out, chosen.name)
+    start = time.perf_counter()
+    with progress(f"compiling {model.name}"):
+        job = prepare(
+            model,
+            chosen.name,
+            inputs=inputs or None,
+            output=output,
+            target=target,
+            baseline=number_or_text(baseline),
+            delta=delta,
+            **parsed,
+        )
+        files = save(job.graph.to_proto(), destination)
+    seconds = time.perf_counter() - start
+    squashed = behind_softmax(job.scope.output)
+    notes = [*job.notes, *([str(squashed)] if squashed else [])]
+    if as_json:
+        print_json(_report(job, model, files, notes, seconds))
+    else:
+        click.echo(_summary(job, files, notes, seconds))
+
+
+def _destination(model: Path, out: Path | None, method: str) -> Path:
+    if not model.name or model.is_dir():
+        raise CompileError(f"cannot read '{model}': Is a directory")
+    name = f"{model.stem}.{method}.onnx"
+    destination = model.with_name(name) if out is None else out / name if out.is_dir() else out
+    # A missing model is reported when it is read.
+    if destination.exists() and model.exists() and destination.samefile(model):
+        raise CompileError(f"'{destination}' is the source model; write elsewhere (-o FILE)")
+    return destination
+
+
+
+def _report(
+    job: Job, model: Path, files: list[Path], notes: list[str], seconds: float
+) -> dict[str, Any]:
+    request = job.request
+    target = request.target
+    return {
+        "source": str(model),
+        "file": str(files[-1]),
+        "files": [str(path) for path in files],
+        "bytes": sum(path.stat().st_size for path in files),
+        "seconds": round(seconds, 3),
+        "method": request.method.name,
+        "options": dict(request.options),
+        "output": job.scope.output.name,
+        "attributed": job.scope.names,
+        "target": list(target) if isinstance(target, tuple) else target,
+        "nodes": len(job.graph.nodes),
+        "inputs": [_interface(t) for t in job.graph.inputs],
+        "outputs": [_interface(t) for t in job.graph.outputs],
+        "notes": notes,
+    }
+
+
+def _interface(tensor: Tensor) -> dict[str, Any]:
+    shape = Graph.shape(tensor)
+    return {
+        "name": tensor.name,
+        "dtype": str(Graph.dtype(tensor)),
+        "shape": None if shape is None else list(shape),
+    }
+
+
+def _summary(job: Job, files: list[Path], notes: list[str], seconds: float) -> str:
+    graph, request = job.graph, job.request
+    size = show_bytes(sum(path.stat().st_size for path in files))
+    described = [
+        ("method", " ".join([request.method.name, *(f"{k}={v}" for k, v in request.options.items())])),
+        ("explains", f"{_named(job.scope.output)}, {_target(job)}"),
+        ("attributes", ", ".join(_named(tensor) for tensor in job.scope.inputs)),
+        ("inputs", ", ".join(_named(tensor) for tensor in graph.inputs)),
+        ("outputs", ", ".join(_named(tensor) for tensor in graph.outputs)),
+    ]
+    head = f"{files[-1]}: {len(graph.nodes)} nodes, {size}, {seconds:.1f} s"
+    return "\n".join([head, rows(described), *(f"Note: {note}" for note in notes)])
+
+
+def _named(tensor: Tensor) -> str:
+    shape = Graph.shape(tensor)
+    return f"{tensor.name} {'[…]' if shape is None else show_shape(shape)}"
+
+
+def _target(job: Job) -> str:
+    target = job.request.target
+    if target == "input":
+        chosen = any(t.name == "target" for t in job.graph.inputs)
+        return "target chosen at run time" if chosen else "one value a sample"
+    fixed = {"argmax": "the largest entry", "seed": "weighted by a seed given at run time"}
+    return fixed.get(str(target), f"target {target}")

@@ -1,0 +1,143 @@
+"""``onnx-attrib inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from onnx_attrib.cli.common import chosen_method, json_option, print_json, progress, rows
+from onnx_attrib.inspection import Inspection, Layer, TensorInfo, inspect
+from onnx_attrib.runtime import Recipe, show_shape
+
+_SHOWN = 20
+
+
+@click.command(
+    "inspect",
+    epilog="""\b
+Examples:
+  onnx-attrib inspect model.onnx
+  onnx-attrib inspect model.onnx --method gradient --output logits --json
+""",
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--method",
+    default="deeplift",
+    show_default=True,
+    metavar="NAME",
+    help="Say whether it compiles for this method.",
+)
+@click.option(
+    "--input", "inputs", multiple=True, metavar="TENSOR", help="As for compile; may be repeated."
+)
+@click.option("--output", metavar="TENSOR", help="As for compile.")
+@json_option
+def inspect_command(
+    model: Path, method: str, inputs: tuple[str, ...], output: str | None, as_json: bool
+) -> None:
+    """Show what MODEL is made of, and whether and how it can be explained.
+
+    Lists its nonlinearities with the rule each gets, the layers suited for attribution, and every
+    operator that cannot be handled. Of a compiled model it shows how it was compiled. Exits 0 also
+    for a model that cannot be compiled: read "compilable".
+    """
+    chosen, _ = chosen_method(method)
+    with progress(f"reading {model.name}"):
+        found = inspect(model, chosen.name, inputs=inputs or None, output=output)
+    if as_json:
+        print_json({"file": str(model), **found.to_dict()})
+    else:
+        click.echo("\n".join([str(model), *_text(found)]))
+
+
+def _text(found: Inspection) -> list[str]:
+    opsets = ", ".join(f"{domain} {version}" for domain, version in found.opsets.items())
+    facts = [
+        ("opset", opsets),
+        ("IR version", str(found.ir_version)),
+        ("producer", found.producer or "unknown"),
+        ("parameters", f"{found.parameters:,}"),
+        ("nodes", f"{found.nodes:,}: {_counts(found.operators)}"),
+        *_tensors("input", found.inputs),
+        *_tensors("output", found.outputs),
+    ]
+    lines = [rows(facts)]
+    if found.compiled is not None:
+        return [*lines, "Compiled by onnx-attrib", rows(_recipe(found.compiled))]
+    if found.output is not None:
+        lines.append(f"Explained: {found.output}, attributed to {', '.join(found.attributed)}")
+    if found.squashed is not None:
+        lines.append(f"Note: {found.squashed}")
+    lines += [f"Note: {note}" for note in found.notes]
+    if found.nonlinearities:
+        lines.append("Nonlinearities")
+        lines.append(
+            rows(
+                [
+                    (n.operator, f"{n.rule:<11} × {len(n.nodes)}  {_some(n.nodes)}")
+                    for n in found.nonlinearities
+                ]
+            )
+        )
+    if found.layers:
+        lines.append("Layers suited for attribution (--input NAME)")
+        lines.append(rows([_layer(layer) for layer in found.layers[:_SHOWN]]))
+        if len(found.layers) > _SHOWN:
+            lines.append(f"  … and {len(found.layers) - _SHOWN} more (--json lists all)")
+    return lines + _verdict(found)
+
+
+def _verdict(found: Inspection) -> list[str]:
+    lines = []
+    if found.unsupported:
+        count = len(found.unsupported)
+        lines.append(
+            f"Not compilable for {found.method}: {count} node{'s' * (count > 1)} cannot be handled"
+        )
+        lines += [f"  {offence}" for offence in found.unsupported]
+        lines.append("  Attribute a layer behind them (--input NAME), if there is one.")
+    elif found.problem is not None:
+        lines.append(f"Not compilable for {found.method}: {found.problem}")
+    else:
+        lines.append(f"Compilable for {found.method}")
+    if found.unused_unsupported:
+        lines.append("Operators without a rule that are not in the way of the explained output")
+        lines += [f"  {offence}" for offence in found.unused_unsupported]
+    return lines
+
+
+def _counts(operators: dict[str, int]) -> str:
+    named = [f"{op} {count}" for op, count in operators.items()]
+    return ", ".join(named[:12]) + (f", … ({len(named)} kinds)" if len(named) > 12 else "")
+
+
+def _tensors(role: str, tensors: Sequence[TensorInfo]) -> list[tuple[str, str]]:
+    return [
+        (role, f"{t.name} {t.dtype} {'[…]' if t.shape is None else show_shape(t.shape)}")
+        for t in tensors
+    ]
+
+
+def _layer(layer: Layer) -> tuple[str, str]:
+    shape = "[…]" if layer.shape is None else show_shape(layer.shape)
+    return layer.name, f"{shape}  {layer.made_by}"
+
+
+def _recipe(recipe: Recipe) -> list[tuple[str, str]]:
+    options = " ".join(f"{key}={value}" for key, value in recipe.options.items())
+    return [
+        ("version", recipe.version),
+        ("method", f"{recipe.method} {options}".rstrip()),
+        ("explains", recipe.output),
+        ("attributes", ", ".join(recipe.inputs)),
+        ("target", str(recipe.target)),
+        ("baseline", "none" if recipe.baseline is None else str(recipe.baseline)),
+        ("source SHA-256", recipe.source_sha256),
+    ]
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
