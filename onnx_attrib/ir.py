@@ -2,8 +2,8 @@
 
 Operators are emitted by their ONNX names (``graph.op.Mul(a, b)``); every tensor knows its dtype
 and, as far as it can be told, its shape. The layer also carries what graphsurgeon cannot:
-metadata, documentation strings, attributes of types it drops, and subgraphs, which stay
-protobufs here and are never opened.
+metadata, documentation strings, attributes of types it drops, and subgraphs. These stay protobufs
+here; a rule that has to look inside one opens a copy of it (:meth:`Graph.open`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
+
+from onnx_attrib.errors import ModelError
 
 OPSET = 21
 """Emitted opset: the newest that has CUDA kernels for MaxPool, Elu and their like."""
@@ -45,6 +48,11 @@ _SMALL = 4096
 def is_float(dtype: Any) -> bool:
     """Whether ``dtype`` is one that can carry a derivative (float16/32/64, bfloat16)."""
     return dtype is not None and (np.dtype(dtype).kind == "f" or np.dtype(dtype).name == "bfloat16")
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether ``dtype`` is a 16-bit float."""
+    return is_float(dtype) and np.dtype(dtype).itemsize == 2
 
 
 def static(shape: Shape | None) -> tuple[int, ...] | None:
@@ -78,6 +86,21 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
             yield attribute.g
         elif attribute.type == AttributeProto.GRAPHS:
             yield from attribute.graphs
+
+
+def operands(node: Node) -> list[Tensor]:
+    """What a node reads, by index: its inputs (nameless where left out), then its captures."""
+    return [*node.inputs, *_captures(node)]
+
+
+def _captures(node: Node) -> list[Tensor]:
+    """Outer tensors that a node's subgraphs read, each once."""
+    return getattr(node, "captures", [])
+
+
+def _kept(node: Node) -> NodeProto | None:
+    """The protobuf of a node of which graphsurgeon would lose a part."""
+    return getattr(node, "kept", None)
 
 
 def _rename_captures(graph: GraphProto, names: Mapping[str, str]) -> None:
@@ -160,9 +183,7 @@ class Graph:
             elif field.name == "model_version":
                 self._header.model_version = value
         self._graph_metadata = list(model.graph.metadata_props)
-        self._protos: dict[int, NodeProto] = {}
-        self._captures: dict[int, list[Tensor]] = {}
-
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         kept = [self._set_aside(node) for node in model.graph.node]
         self.gs = gs.import_onnx(model)
         for tensor in self.gs.tensors().values():
@@ -174,10 +195,8 @@ class Graph:
         self._tensors: dict[str, Tensor] = dict(self.gs.tensors())
         for node, proto in zip(self.gs.nodes, kept, strict=True):
             if proto is not None:
-                self._protos[id(node)] = proto
-                names = [name for inner in subgraphs(proto) for name in captured_names(inner)]
-                if names:
-                    self._captures[id(node)] = [self._tensor(name) for name in names]
+                node.kept = proto
+                node.captures = [self._tensor(name) for name in _captured(proto)]
         self._names = set(self._tensors) | {node.name for node in self.gs.nodes}
         self._names |= {name for proto in kept if proto for name in _inner_names(proto)}
         self._counters: dict[str, int] = {}
@@ -213,7 +232,11 @@ class Graph:
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
-            self._tensors[name] = gs.Variable(name)
+            # graphsurgeon knows only what a node reads: not a weight that only subgraphs use.
+            kept = self._initializers.get(name)
+            self._tensors[name] = (
+                gs.Variable(name) if kept is None else OnnxImporter.import_tensor(kept)
+            )
         return self._tensors[name]
 
     def find(self, name: str) -> Tensor | None:
@@ -226,8 +249,13 @@ class Graph:
 
     def uses(self, node: Node) -> list[Tensor]:
         """What a node reads: its inputs, then what its subgraphs capture."""
-        present = [tensor for tensor in node.inputs if tensor.name]
-        return present + self._captures.get(id(node), [])
+        return [tensor for tensor in operands(node) if tensor.name]
+
+    @staticmethod
+    def holds_subgraph(node: Node) -> bool:
+        """Whether the node is control flow: If, Loop, Scan."""
+        kept = _kept(node)
+        return kept is not None and any(True for _ in subgraphs(kept))
 
     def proto(self, node: Node) -> NodeProto:
         """The node as ONNX writes it, with everything graphsurgeon set aside restored."""
@@ -238,7 +266,7 @@ class Graph:
         if name in node.attrs:
             value = node.attrs[name]
             return value.values if isinstance(value, gs.Constant) else value
-        kept = self._protos.get(id(node))
+        kept = _kept(node)
         for attribute in kept.attribute if kept else ():
             if attribute.name == name:
                 return helper.get_attribute_value(attribute)
@@ -305,28 +333,28 @@ class Graph:
     ) -> Any:
         """Append a node; see :class:`Emitter`. Shapes and types come from ONNX's inference."""
         inputs = self._operands(operands)
-        attrs = {k: self._attribute(v) for k, v in attrs.items() if v is not None}
+        if attrs.get("reduction") == "add" and is_narrow(inputs[0].dtype):
+            # Many entries summed into one: float16 loses digits, and the CPU has no kernel for it.
+            wide = [self.op.Cast(inputs[i], to=np.dtype(np.float32)) for i in (0, 2)]
+            total = self.emit(op_type, wide[0], inputs[1], wide[1], stem=stem, **attrs)
+            return self.op.Cast(total, to=self.dtype(inputs[0]))
+        bodies = {k: v for k, v in attrs.items() if isinstance(v, GraphProto)}
+        attrs = {
+            k: self._attribute(v) for k, v in attrs.items() if v is not None and k not in bodies
+        }
         label = stem or f"attrib/{op_type}"
         names = [self.fresh(label) for _ in range(outputs)]
         results = [gs.Variable(name) for name in names]
         node = gs.Node(op_type, self.fresh(f"{label}.node"), attrs, inputs, results)
-        for key, value in list(node.attrs.items()):
-            if isinstance(value, GraphProto):
-                self._attach_subgraph(node, key, value)
+        if bodies:
+            node.kept = OnnxExporter.export_node(node)
+            node.kept.attribute.extend(helper.make_attribute(k, v) for k, v in bodies.items())
+            node.captures = [self._tensors[name] for name in _captured(node.kept)]
         self.infer(node)
         for tensor in results:
             self._tensors[tensor.name] = tensor
         self._sink.append(node)
         return results[0] if outputs == 1 else tuple(results)
-
-    def _attach_subgraph(self, node: Node, key: str, body: GraphProto) -> None:
-        del node.attrs[key]
-        kept = self._protos.setdefault(id(node), NodeProto())
-        if not kept.attribute:
-            kept.CopyFrom(OnnxExporter.export_node(node))
-        kept.attribute.append(helper.make_attribute(key, body))
-        captures = self._captures.setdefault(id(node), [])
-        captures.extend(self._tensors[name] for name in captured_names(body))
 
     @staticmethod
     def _attribute(value: Any) -> Any:
@@ -373,19 +401,27 @@ class Graph:
             for t in node.inputs
             if isinstance(t, gs.Constant) and np.prod(t.shape) <= 64
         }
-        kept = self._protos.get(id(node))
-        if kept is not None and any(True for _ in subgraphs(kept)):
+        if self.holds_subgraph(node):
             return
-        inferred = onnx.shape_inference.infer_node_outputs(
-            schema,
-            self.proto(node),
-            types,
-            data,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-        )
+        untyped = [t.name for t in node.inputs if t.name and t.name not in types]
+        if untyped:
+            raise ModelError(f"ONNX's type inference does not get as far as tensor '{untyped[0]}'")
+        try:
+            inferred = onnx.shape_inference.infer_node_outputs(
+                schema,
+                self.proto(node),
+                types,
+                data,
+                opset_imports=[helper.make_opsetid("", OPSET)],
+                ir_version=IR_VERSION,
+            )
+        except onnx.shape_inference.InferenceError as error:
+            names = ", ".join(types)
+            raise ModelError(
+                f"shapes in the model contradict each other at {node.op} of {names}: {error}"
+            ) from None
         for tensor in node.outputs:
-            if tensor.name in inferred:
+            if tensor.name in inferred and inferred[tensor.name].HasField("tensor_type"):
                 tensor_type = inferred[tensor.name].tensor_type
                 tensor.dtype = helper.tensor_dtype_to_np_dtype(tensor_type.elem_type)
                 if tensor_type.HasField("shape"):
@@ -453,27 +489,24 @@ class Graph:
         return replica
 
     def _copy_extras(self, node: Node, copy: Node, mapping: Mapping[str, Tensor]) -> None:
-        kept = self._protos.get(id(node))
+        kept, captures = _kept(node), _captures(node)
         if kept is None:
             return
-        captures = self._captures.get(id(node), [])
         renamed = {t.name: mapping[t.name].name for t in captures if t.name in mapping}
         if renamed:
             original, kept = kept, NodeProto()
             kept.CopyFrom(original)
             for inner in subgraphs(kept):
                 _rename_captures(inner, renamed)
-        self._protos[id(copy)] = kept
-        if captures:
-            self._captures[id(copy)] = [mapping.get(t.name, t) for t in captures]
+        copy.kept = kept
+        copy.captures = [mapping.get(t.name, t) for t in captures]
 
     def rewire(self, node: Node, renamed: Mapping[str, Tensor]) -> None:
         """Let ``node`` read other tensors in place of those named."""
         if not any(tensor.name in renamed for tensor in self.uses(node)):
             return
         node.inputs = [renamed.get(t.name, t) for t in node.inputs]
-        captures = self._captures.get(id(node))
-        if captures:
+        if _captures(node):
             self._copy_extras(node, node, renamed)
 
     def give_output(self, node: Node, index: int, tensor: Tensor) -> None:
@@ -522,28 +555,140 @@ class Graph:
         return kept[::-1]
 
     def subgraph(
-        self, name: str, nodes: Sequence[Node], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+        self,
+        name: str,
+        nodes: Sequence[Node],
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        hoist: bool = True,
     ) -> GraphProto:
         """Seal ``nodes`` as a subgraph; constants and outer tensors are captured by name.
 
         What does not depend on the subgraph's inputs is emitted outside instead: it is computed
-        once, not in every iteration.
+        once, not in every iteration. Unless ``hoist`` is false: a branch must not run untaken.
         """
         live = self.prune(self.sorted(nodes), outputs)
         varying = {tensor.name for tensor in inputs}
         inner: list[Node] = []
         for node in live:
-            if any(tensor.name in varying for tensor in self.uses(node)):
+            if not hoist or any(tensor.name in varying for tensor in self.uses(node)):
                 varying.update(tensor.name for tensor in node.outputs)
                 inner.append(node)
             else:
                 self._sink.append(node)
+        own = {tensor.name for node in inner for tensor in node.outputs}
+        results = []
+        with self.collect() as ends:
+            for tensor in outputs:
+                # An output must come from a node inside, and be one output only.
+                results.append(tensor if tensor.name in own else self.op.Identity(tensor))
+                own.discard(tensor.name)
         return helper.make_graph(
-            [self.proto(node) for node in inner],
+            [self.proto(node) for node in (*inner, *ends)],
             name,
             [OnnxExporter.export_value_info_proto(tensor, True) for tensor in inputs],
-            [OnnxExporter.export_value_info_proto(tensor, True) for tensor in outputs],
+            [OnnxExporter.export_value_info_proto(tensor, True) for tensor in results],
         )
+
+    # -- inside subgraphs ----------------------------------------------------------------------
+
+    def open(
+        self, body: GraphProto, inputs: Sequence[Tensor], captures: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """Emit the nodes of a subgraph here and return its outputs.
+
+        ``inputs`` stand for the subgraph's own, ``captures`` for the outer tensors it reads, by
+        name. Subgraphs inside it stay sealed.
+        """
+        bound = dict(captures)
+        bound.update(zip((t.name for t in body.input), inputs, strict=True))
+        for tensor in body.initializer:
+            bound[tensor.name] = self.constant(onnx.numpy_helper.to_array(tensor))
+        declared = {info.name: info for info in (*body.value_info, *body.output)}
+        for proto in body.node:
+            self._open_node(proto, bound, declared)
+        return [bound[tensor.name] for tensor in body.output]
+
+    def _open_node(
+        self,
+        proto: NodeProto,
+        bound: dict[str, Tensor],
+        declared: Mapping[str, onnx.ValueInfoProto],
+    ) -> None:
+        copy = NodeProto()
+        copy.CopyFrom(proto)
+        kept = self._set_aside(copy)
+        outputs = [
+            self._declared(name, declared.get(name)) if name else gs.Variable.empty()
+            for name in proto.output
+        ]
+        node = gs.Node(
+            proto.op_type,
+            self.fresh(proto.name or f"attrib/{proto.op_type}.node"),
+            OnnxImporter.import_attributes(copy.attribute, {}, {}, OPSET, None),
+            [bound[name] if name else gs.Variable.empty() for name in proto.input],
+            outputs,
+            proto.domain or None,
+        )
+        if kept is not None:
+            captured = _captured(kept)
+            for inner in subgraphs(kept):
+                _rename_captures(inner, {name: bound[name].name for name in captured})
+            node.kept, node.captures = kept, [bound[name] for name in captured]
+        self._infer_more(node)
+        bound.update((n, t) for n, t in zip(proto.output, outputs, strict=True) if n)
+        self._sink.append(node)
+
+    def _declared(self, name: str, info: onnx.ValueInfoProto | None) -> Tensor:
+        """A tensor for an opened subgraph, with what its declaration says for sure.
+
+        Symbols are left out: at another point they may stand for another size.
+        """
+        tensor = gs.Variable(self.fresh(name))
+        self._tensors[tensor.name] = tensor
+        if info is not None and info.type.HasField("tensor_type"):
+            declared = info.type.tensor_type
+            if declared.elem_type:
+                tensor.dtype = helper.tensor_dtype_to_np_dtype(declared.elem_type)
+            if declared.HasField("shape"):
+                dims = [_dim(dim) for dim in declared.shape.dim]
+                tensor.shape = [dim if isinstance(dim, int) else None for dim in dims]
+        return tensor
+
+    def _infer_more(self, node: Node) -> None:
+        """Infer types and shapes; keep the declared sizes that inference leaves open."""
+        declared = [self.shape(tensor) for tensor in node.outputs]
+        self.infer(node)
+        for tensor, known in zip(node.outputs, declared, strict=True):
+            shape = self.shape(tensor)
+            if shape is not None and known is not None and len(shape) == len(known):
+                tensor.shape = [
+                    k if d is None else d for d, k in zip(shape, known, strict=True)
+                ]
+
+    def emit_steps(self, node: Node, formal: str, like: Tensor) -> Tensor:
+        """Let a Scan or Loop also emit its body's input ``formal``, as it is at every step.
+
+        ``like`` has its type and shape. Returns the new scan output [steps, …].
+        """
+        kept = NodeProto()
+        kept.CopyFrom(node.kept)
+        attributes = {attribute.name: attribute for attribute in kept.attribute}
+        body = attributes["body"].g
+        index = len(body.output) - (node.op == "Loop")
+        name = self.fresh("attrib/step")
+        body.node.append(helper.make_node("Identity", [formal], [name]))
+        step = gs.Variable(name, like.dtype, like.shape)
+        body.output.append(OnnxExporter.export_value_info_proto(step, True))
+        for key in ("scan_output_axes", "scan_output_directions"):
+            if key in attributes:
+                attributes[key].ints.append(0)
+        node.kept = kept
+        shape = None if like.shape is None else [None, *like.shape]
+        steps = gs.Variable(self.fresh("attrib/steps"), like.dtype, shape)
+        self._tensors[steps.name] = steps
+        self.give_output(node, index, steps)
+        return steps
 
     def to_proto(self) -> ModelProto:
         """The model as ONNX: opset 21, IR 10, metadata restored."""
@@ -554,8 +699,8 @@ class Graph:
         for exported, node in zip(model.graph.node, self.nodes, strict=True):
             self._restore(exported, node)
         present = {t.name for t in model.graph.initializer}
-        for captured in self._captures.values():
-            for tensor in captured:
+        for node in self.nodes:
+            for tensor in _captures(node):
                 if isinstance(tensor, gs.Constant) and tensor.name not in present:
                     present.add(tensor.name)
                     model.graph.initializer.append(OnnxExporter.export_tensor_proto(tensor))
@@ -573,7 +718,7 @@ class Graph:
             self._header.metadata_props.add(key=key, value=value)
 
     def _restore(self, exported: NodeProto, node: Node) -> NodeProto:
-        kept = self._protos.get(id(node))
+        kept = _kept(node)
         if kept is not None:
             del exported.attribute[:]
             exported.attribute.extend(kept.attribute)
@@ -581,6 +726,12 @@ class Graph:
             exported.overload = kept.overload
             exported.metadata_props.extend(kept.metadata_props)
         return exported
+
+
+def _captured(node: NodeProto) -> list[str]:
+    """Names that the subgraphs of a node use from outside, each once."""
+    found = (name for inner in subgraphs(node) for name in captured_names(inner))
+    return list(dict.fromkeys(found))
 
 
 def _inner_names(node: NodeProto) -> Iterator[str]:
@@ -620,6 +771,8 @@ __all__ = [
     "Values",
     "captured_names",
     "is_float",
+    "is_narrow",
+    "operands",
     "static",
     "subgraphs",
 ]

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TypeAlias
 
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import ModelProto
+from google.protobuf.message import DecodeError, Message
+from onnx import ModelProto, TensorProto
 
 from onnx_attrib.errors import ModelError
 
 PROTOBUF_LIMIT = 2**31 - 1
 """A protobuf message cannot be written past 2 GiB; weights then go beside the file."""
 _MARGIN = 2**24
+_DATA_TYPES = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto
 
@@ -56,7 +57,32 @@ def _parse(data: bytes, name: str) -> ModelProto:
         raise ModelError(f"{name} is not an ONNX model, or it is truncated") from None
     if not model.HasField("graph") or not model.opset_import:
         raise ModelError(f"{name} is not an ONNX model: it holds no graph or no opset")
+    fault = _damage(model)
+    if fault:
+        raise ModelError(f"{name} is damaged: {fault}")
     return model
+
+
+def _damage(message: Message) -> str | None:
+    """What protobuf lets pass: a text that is none, a data type that does not exist."""
+    if isinstance(message, TensorProto):
+        # Its other fields are data, which reading would copy.
+        if message.data_type not in _DATA_TYPES:
+            return f"tensor {message.name!r} has the unknown data type {message.data_type}"
+        return None if isinstance(message.name, str) else "a name in it is not text"
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                if fault := _damage(part):
+                    return fault
+        elif descriptor.type == descriptor.TYPE_STRING:
+            # Text that is not UTF-8 comes as bytes.
+            texts = [value] if isinstance(value, str | bytes) else value
+            if any(isinstance(text, bytes) for text in texts):
+                return "a name in it is not text"
+        elif descriptor.name == "elem_type" and value and value not in _DATA_TYPES:
+            return f"a tensor has the unknown data type {value}"
+    return None
 
 
 def _digest_of_model(model: ModelProto) -> str:

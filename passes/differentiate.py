@@ -13,10 +13,11 @@ import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
 from onnx_attrib.errors import Offence, UnsupportedOpError
-from onnx_attrib.ir import OPSET, Dim, Graph, Node, Tensor, Values, is_float
+from onnx_attrib.ir import OPSET, Dim, Graph, Node, Tensor, Values, is_float, operands
 from onnx_attrib.job import Cluster, Job
 from onnx_attrib.methods.base import GRADIENT, Shares, Table
-from onnx_attrib.rules import Composite, Elementwise, Rule, Site, Unsupported
+from onnx_attrib.passes.simplify import share
+from onnx_attrib.rules import Composite, Elementwise, Rule, Site, Structured, Unsupported
 from onnx_attrib.rules.broadcast import expand, is_full, refine, same_shape, unbroadcast
 
 
@@ -24,7 +25,9 @@ def differentiate(job: Job) -> None:
     """Sweep once over the model's own values (methods without a path)."""
     reference = job.reference if job.method.compares else None
     clusters = job.clusters if job.method.clusters else {}
-    sweep = Sweep(job.graph, job.table, Values(), reference, clusters, job.reference_dims)
+    sweep = Sweep(
+        job.graph, job.table, Values(), reference, clusters, job.reference_dims, job.notes
+    )
     seeds = {job.scope.output.name: job.seed}
     job.multipliers = sweep.run(job.scope.nodes, job.scope.active, seeds, job.scope.names)
 
@@ -34,7 +37,8 @@ class Sweep:
     """One reverse sweep over a region of the graph.
 
     ``at`` gives the region's tensors at the point explained, ``reference`` at the baseline
-    (``reference_dims``: how symbolic dimensions are renamed there).
+    (``reference_dims``: how symbolic dimensions are renamed there). ``notes`` collects what the
+    user should know about the result.
     """
 
     graph: Graph
@@ -43,6 +47,7 @@ class Sweep:
     reference: Values | None = None
     clusters: Mapping[str, Cluster] = field(default_factory=dict)
     reference_dims: Mapping[str, Dim] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def run(
         self,
@@ -75,10 +80,14 @@ class Sweep:
                 shares = self._apply(site, rule)
             except Unsupported as reason:
                 offences.append(offence(node, str(reason)))
+            except UnsupportedOpError as inner:
+                offences.extend(reversed(inner.offences))
+            if offences:
                 # Go on with a stand-in, to find the other nodes that cannot be handled.
                 shares = {i: site.zeros_like(site.x(i)) for i in site.active}
-            for i, share in shares.items():
-                pending.setdefault(site.node.inputs[i].name, []).append(share)
+            read = operands(site.node)
+            for i, m in shares.items():
+                pending.setdefault(read[i].name, []).append(m)
         if offences:
             raise UnsupportedOpError(offences[::-1])
         for name in wanted & pending.keys():
@@ -89,24 +98,55 @@ class Sweep:
 
     def decompose(self, site: Site, rule: Composite, table: Table | None = None) -> Shares:
         """Sweep through the operator's definition, emitted at both points."""
-        graph, reference = self.graph, None
-        with graph.record() as nodes:
+        with self.graph.record() as nodes:
             outputs = rule.decompose(site)
+        return self.through(site, nodes, outputs, table=table)
+
+    def through(
+        self,
+        site: Site,
+        nodes: Sequence[Node],
+        outputs: Sequence[Tensor | None],
+        known: Mapping[str, Tensor] | None = None,
+        known_reference: Mapping[str, Tensor] | None = None,
+        table: Table | None = None,
+    ) -> Shares:
+        """Sweep through ``nodes``, which compute ``outputs`` from ``site.inputs``.
+
+        What depends on a ``known`` value is computed from it, not from the node that gives it.
+        """
+        graph, reference = self.graph, None
         if site.reference is not None:
             pairs = zip(site.inputs, site.reference.inputs, strict=True)
             moved = {x.name: r for x, r in pairs if x is not None and r is not None}
             moved = {name: r for name, r in moved.items() if name != r.name}
+            moved.update(known_reference or {})
             reference = graph.replicate(nodes, moved, self.reference_dims)
-        seeds = {
-            y.name: m
-            for y, m in zip(outputs, site.cotangents, strict=False)
-            if y is not None and m is not None
-        }
+        at = graph.replicate(nodes, known) if known else Values()
+        seeds: dict[str, Tensor] = {}
+        for y, m in zip(outputs, site.cotangents, strict=False):
+            if y is not None and m is not None:
+                seeds[y.name] = graph.op.Add(seeds[y.name], m) if y.name in seeds else m
         wanted = {site.x(i).name: i for i in reversed(site.active)}
         active = flow(nodes, set(wanted))
-        inner = Sweep(graph, table or self.table, Values(), reference, {}, self.reference_dims)
+        inner = Sweep(
+            graph, table or self.table, at, reference, {}, self.reference_dims, self.notes
+        )
         shares = inner.run(nodes, active, seeds, wanted)
-        return {wanted[name]: share for name, share in shares.items()}
+        return {wanted[name]: m for name, m in shares.items()}
+
+    def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
+        """Names of the tensors that ``roots`` reach through differentiable operators."""
+        return flow(nodes, roots)
+
+    def share(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> list[Node]:
+        """``nodes``, sorted, without those that compute what an earlier one does."""
+        return share(self.graph, self.graph.sorted(nodes), {t.name for t in outputs})
+
+    def note(self, message: str) -> None:
+        """Tell the user something about the result, once."""
+        if message not in self.notes:
+            self.notes.append(message)
 
     def _site(
         self, node: Node, cotangents: list[Tensor | None], active: set[str]
@@ -132,7 +172,7 @@ class Sweep:
         active: tuple[int, ...],
         cotangents: Sequence[Tensor | None],
     ) -> Site:
-        inputs = tuple(values(t) if t.name else None for t in node.inputs)
+        inputs = tuple(values(t) if t.name else None for t in operands(node))
         outputs = tuple(values(t) for t in node.outputs)
         return Site(self.graph, node, inputs, outputs, tuple(cotangents), active)
 
@@ -160,6 +200,8 @@ class Sweep:
         try:
             shares = self.table[type(rule)](self, site, rule)
         except UnsupportedOpError as inner:
+            if isinstance(rule, Structured) and rule.transparent:
+                raise
             # In the operator's definition; the user knows only the operator.
             reasons = "; ".join(offence.reason for offence in inner.offences)
             raise Unsupported(reasons) from inner
@@ -188,7 +230,7 @@ def active_inputs(node: Node, active: set[str]) -> tuple[int, ...]:
     if rules.is_barrier(node.op, node.domain):
         return ()
     blocked = rules.blocked(node.op, node.domain)
-    return tuple(i for i, t in enumerate(node.inputs) if t.name in active and i not in blocked)
+    return tuple(i for i, t in enumerate(operands(node)) if t.name in active and i not in blocked)
 
 
 def flow(nodes: Sequence[Node], roots: set[str]) -> set[str]:

@@ -12,7 +12,7 @@ import json
 import numpy as np
 
 from onnx_attrib.errors import OptionError
-from onnx_attrib.ir import Graph, Tensor
+from onnx_attrib.ir import Graph, Tensor, is_narrow
 from onnx_attrib.job import Job
 from onnx_attrib.rules.broadcast import is_full
 from onnx_attrib.version import VERSION
@@ -64,6 +64,9 @@ def _residual(job: Job, attributions: list[Tensor]) -> Tensor:
 
 
 def _per_sample(graph: Graph, tensor: Tensor) -> Tensor:
+    """The sum over all axes but the first; of 16-bit floats in float32."""
+    if is_narrow(tensor.dtype):
+        tensor = graph.op.Cast(tensor, to=np.dtype(np.float32))
     rank = len(graph.shape(tensor) or ())
     if rank == 0:
         return graph.op.Reshape(tensor, [1])

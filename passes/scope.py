@@ -14,7 +14,7 @@ import numpy as np
 
 from onnx_attrib import rules
 from onnx_attrib.errors import CompileError, OptionError, UnsupportedOpError, suggest
-from onnx_attrib.ir import Graph, Node, Tensor, is_float
+from onnx_attrib.ir import Graph, Node, Tensor, is_float, operands
 from onnx_attrib.job import Job, Scope
 from onnx_attrib.passes.differentiate import active_inputs, flow, offence
 
@@ -38,7 +38,7 @@ def scope(job: Job) -> None:
             indices = active_inputs(node, active)
             if indices:
                 nodes.append(node)
-                needed.update(node.inputs[i].name for i in indices)
+                needed.update(operands(node)[i].name for i in indices)
     nodes.reverse()
     _check_rules(nodes, active)
     dependent, changing = [], set(names)
@@ -130,14 +130,16 @@ def _float_tensor(graph: Graph, name: str, role: str) -> Tensor:
 def _check_reach(graph: Graph, tensor: Tensor, output: Tensor, upstream: list[Node]) -> None:
     if tensor.name == output.name:
         raise OptionError(f"tensor '{tensor.name}' is the explained output itself")
-    if output.name in flow(upstream, {tensor.name}):
+    carried = flow(upstream, {tensor.name})
+    if output.name in carried:
         return
     changing, cut = {tensor.name}, []
     for node in upstream:
         if any(t.name in changing for t in graph.uses(node)):
             changing.update(t.name for t in node.outputs if t.name)
-            if not active_inputs(node, changing):
-                cut.append(node)
+        reads = any(t.name in carried for t in graph.uses(node))
+        if reads and any(t.name and t.name not in carried for t in node.outputs):
+            cut.append(node)
     if output.name not in changing:
         raise CompileError(f"output '{output.name}' does not depend on '{tensor.name}'")
     where = ", ".join(f"{node.op} '{node.name or node.outputs[0].name}'" for node in cut[:5])

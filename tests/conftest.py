@@ -18,8 +18,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not counts:
         return
     terminalreporter.section("ONNX node cases by operator (held / run)")
-    parts = [
-        f"{name} {count['passed']}/{count.total()}" for name, count in sorted(counts.items())
-    ]
+    parts = [f"{name} {count['passed']}/{count.total()}" for name, count in sorted(counts.items())]
     for line in textwrap.wrap(", ".join(parts), 98, break_long_words=False):
         terminalreporter.write_line(line)

@@ -194,8 +194,7 @@ def note(text: str) -> None:
 @contextmanager
 def progress(text: str) -> Iterator[None]:
     """Show what is going on while it does, on a terminal only."""
-    stream = click.get_text_stream("stderr")
-    shown = stream.isatty()
+    shown = sys.stderr.isatty()
     if shown:
         click.echo(f"{text} …", err=True, nl=False)
     try:

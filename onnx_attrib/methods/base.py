@@ -6,12 +6,12 @@ attributed tensor become its attribution (``attribution``). It never names an op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from onnx_attrib.errors import OptionError, suggest
-from onnx_attrib.ir import Emitter, Tensor
+from onnx_attrib.ir import Emitter, Node, Tensor
 from onnx_attrib.rules.base import (
     Bilinear,
     Composite,
@@ -20,6 +20,7 @@ from onnx_attrib.rules.base import (
     MaxLike,
     Rule,
     Site,
+    Structured,
 )
 
 Shares = dict[int, Tensor]
@@ -32,6 +33,30 @@ class Sweeper(Protocol):
 
     def decompose(self, site: Site, rule: Composite, table: Table | None = None) -> Shares:
         """Sweep through the operator's definition (by ``table``, or the method's own)."""
+
+    def through(
+        self,
+        site: Site,
+        nodes: Sequence[Node],
+        outputs: Sequence[Tensor | None],
+        known: Mapping[str, Tensor] | None = None,
+        known_reference: Mapping[str, Tensor] | None = None,
+        table: Table | None = None,
+    ) -> Shares:
+        """Sweep through ``nodes``, which compute ``outputs`` from ``site.inputs``.
+
+        ``known``: tensors among them whose values are at hand elsewhere, by name (and the same
+        at the reference).
+        """
+
+    def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
+        """Names of the tensors that ``roots`` reach through differentiable operators."""
+
+    def share(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> list[Node]:
+        """``nodes``, sorted, without those that compute what an earlier one does."""
+
+    def note(self, message: str) -> None:
+        """Tell the user something about the result."""
 
 
 Treatment = Callable[[Sweeper, Site, Any], Shares]
@@ -158,6 +183,11 @@ def conserving(sweep: Sweeper, site: Site, rule: Composite) -> Shares:
     return {i: rule.difference(site, i) for i in site.active}
 
 
+def inside(sweep: Sweeper, site: Site, rule: Structured) -> Shares:
+    """The same method within: in branches, steps and recurrent cells."""
+    return rule.pull(sweep, site)
+
+
 def scale(site: Site, m: Tensor, factor: Tensor) -> Tensor:
     """m · factor, where a Boolean factor is a mask."""
     if site.graph.dtype(factor).kind == "b":
@@ -178,5 +208,6 @@ GRADIENT: Table = {
     Elementwise: derivative,
     MaxLike: winner_takes_all,
     Composite: fused,
+    Structured: inside,
 }
 """The chain rule itself."""

@@ -24,12 +24,21 @@ from onnx_attrib.methods.base import (
     Sweeper,
     Table,
     conserving,
+    inside,
     numeric,
     scale,
     vjp,
     winner_takes_all,
 )
-from onnx_attrib.rules.base import Bilinear, Composite, Elementwise, Linear, MaxLike, Site
+from onnx_attrib.rules.base import (
+    Bilinear,
+    Composite,
+    Elementwise,
+    Linear,
+    MaxLike,
+    Site,
+    Structured,
+)
 
 
 def rescale(sweep: Sweeper, site: Site, rule: Elementwise) -> Shares:
@@ -98,6 +107,7 @@ def _table(options: Options) -> Table:
         Elementwise: rescale,
         MaxLike: conserve if options["maxpool"] == "conserve" else winner_takes_all,
         Composite: conserving,
+        Structured: inside,
     }
 
 

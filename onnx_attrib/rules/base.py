@@ -104,7 +104,10 @@ class Site:
 
     def reshape(self, tensor: Tensor, like: Tensor) -> Tensor:
         """``tensor`` in the shape of ``like`` (same number of elements)."""
-        return self.shaped(self.op.Reshape(tensor, self.shape_of(like)), like)
+        known = static(self.graph.shape(like))
+        # A size of zero is meant as such, not as "keep this axis".
+        zero = None if known is not None and 0 not in known else 1
+        return self.shaped(self.op.Reshape(tensor, self.shape_of(like), allowzero=zero), like)
 
     def shaped(self, tensor: Tensor, like: Tensor) -> Tensor:
         """State that ``tensor`` has the shape of ``like``, where inference cannot tell."""
@@ -215,6 +218,20 @@ class Composite(Rule):
     decompose: Callable[[Site], Sequence[Tensor | None]]
     pull: Pull | None = None
     difference: Pull | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structured(Rule):
+    """Runs other operators step by step or by choice: control flow and recurrence.
+
+    ``pull(sweep, site)`` emits the cotangents of the active inputs, and has the sweep go through
+    what is inside, so one row serves every method. The inputs of a node that holds subgraphs are
+    followed by what these capture (:func:`onnx_attrib.ir.operands`). ``transparent``: the
+    operators inside are the model's own, and messages name them.
+    """
+
+    pull: Callable[[Any, Site], dict[int, Tensor]]
+    transparent: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

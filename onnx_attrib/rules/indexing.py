@@ -23,6 +23,7 @@ from onnx_attrib.rules.shape import DATA_ONLY
 Ints = Any
 """Whole numbers: a numpy array where known at compile time, an int64 tensor where not."""
 
+ZERO, ONE = np.zeros(1, np.int64), np.ones(1, np.int64)
 _LAST = np.iinfo(np.int64).max
 _NUMPY = {
     "Add": np.add,
@@ -120,7 +121,7 @@ def along(s: Site, indices: Ints, axis: int, like: Tensor) -> Tensor:
 
 def concat_pull(s: Site, i: int) -> Tensor:
     """Forward form Y = [X₀ | X₁ | …] along an axis. Backward returns the part of M that is Xᵢ's."""
-    axis = axis_of(s, s.y)
+    axis = s.attr("axis")
     parts = [sizes(s, s.x(k), np.array([axis])) for k in range(len(s.inputs))]
     if len(parts) == 1:
         return s.m
@@ -155,17 +156,20 @@ def slice_pull(s: Site, i: int) -> Tensor:
     starts, axes, steps = (whole_numbers(s, k) for k in (1, 3, 4))
     if axes is None:
         axes = count_up(s, sizes(s, s.x(1)))
-    steps = np.ones(1, np.int64) if steps is None else steps
-    if isinstance(steps, Tensor) or (isinstance(axes, Tensor) and np.any(steps != 1)):
+    steps = ONE if steps is None else steps
+    vague = isinstance(axes, Tensor) or s.shape(s.y) is None
+    if isinstance(steps, Tensor) or (vague and np.any(steps != 1)):
         return replay(s, i)
 
     extent, count = sizes(s, s.x(), axes), sizes(s, s.y, axes)
     first = calc(s, "Where", calc(s, "Less", starts, 0), calc(s, "Add", starts, extent), starts)
     top = calc(s, "Sub", extent, (steps < 0).astype(np.int64))
-    first = calc(s, "Max", calc(s, "Min", first, top), np.zeros(1, np.int64))
+    first = calc(s, "Max", calc(s, "Min", first, top), ZERO)
     stride = np.abs(steps)
-    back = calc(s, "Mul", calc(s, "Sub", count, np.ones(1, np.int64)), np.minimum(steps, 0))
-    before = calc(s, "Add", first, back) if np.any(steps < 0) else first
+    before = first
+    if np.any(steps < 0):
+        moves = calc(s, "Max", calc(s, "Sub", count, ONE), ZERO)
+        before = calc(s, "Add", first, calc(s, "Mul", moves, np.minimum(steps, 0)))
     after = calc(s, "Sub", calc(s, "Sub", extent, before), calc(s, "Mul", count, stride))
 
     m = s.m
@@ -189,7 +193,8 @@ def spread(s: Site, m: Tensor, axis: int, step: int) -> Tensor:
     gap = s.op.ConstantOfShape(calc(s, "Mul", sizes(s, column), factors), value=zero)
     wide = s.op.Concat(column, gap, axis=axis + 1)
     factors[axis], factors[axis + 1] = step, 1
-    return s.op.Reshape(wide, calc(s, "Mul", sizes(s, m), np.delete(factors, axis + 1)))
+    shape = calc(s, "Mul", sizes(s, m), np.delete(factors, axis + 1))
+    return s.op.Reshape(wide, shape, allowzero=1)
 
 
 def pad_pull(s: Site, i: int) -> Tensor:
@@ -245,6 +250,8 @@ def gather_pull(s: Site, i: int) -> Tensor:
     Backward returns zeros of X's shape to which M is added at the indices. One known index needs
     no scattering: its M is padded.
     """
+    if s.shape(s.x()) is None or s.shape(s.x(1)) is None:
+        return replay(s, i)
     op, x, axis, index = s.op, s.x(), axis_of(s, s.x()), whole_numbers(s, 1)
     place = np.array([axis])
     m, order = s.m, s.rank(s.x(1))

@@ -31,14 +31,16 @@ def numbers(s: Site) -> Ints:
     axes, rank = reduced_axes(s), s.rank(s.x())
     position: Ints = np.zeros((), np.int64)
     for axis in range(rank) if axes is None else axes:
-        size = sizes(s, s.x(), np.array([axis]))
-        count = count_up(s, size)
+        place = np.array([axis])
         if axes is None:
             # A reduced axis counts in full, any other as one.
-            size = s.op.Div(size, sizes(s, unreduced(s), np.array([axis])))
-            count = s.op.Mod(count, size)
-        column = [-1, *[1] * (rank - axis - 1)]
-        count = calc(s, "Reshape", count, column)
+            full = s.op.Gather(s.op.Shape(s.x()), place)
+            size = s.op.Div(full, s.op.Gather(s.op.Shape(unreduced(s)), place))
+            count = s.op.Mod(count_up(s, full), size)
+        else:
+            size = sizes(s, s.x(), place)
+            count = count_up(s, size)
+        count = calc(s, "Reshape", count, [-1, *[1] * (rank - axis - 1)])
         position = calc(s, "Add", calc(s, "Mul", position, size), count)
     return position
 
@@ -56,7 +58,7 @@ def reduction(op: str, arg: str, sense: int) -> None:
         if axis is not None:
             return s.graph.emit(arg, s.x(), axis=axis, keepdims=s.attr("keepdims"))
         best = s.op.Equal(s.x(), kept(s, s.y))
-        first = s.op.Where(best, numbers(s), np.iinfo(np.int64).max)
+        first = s.op.Where(best, numbers(s), np.int64(np.iinfo(np.int64).max))
         return s.graph.emit("ReduceMin", first, s.optional(1), **s.node.attrs)
 
     def take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:

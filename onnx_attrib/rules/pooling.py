@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def share_of_full(s: Site, window: Window) -> Tensor:
     op, dtype, zero = s.op, s.graph.dtype(s.m), s.graph.constant(0, np.int64)
     begin, end = padding(s, window)
     size, out = size_vector(s, s.x()), size_vector(s, s.y)
-    result: Tensor | None = None
+    shares, rank = [], len(window.kernel)
     for j, (k, stride, dilation) in enumerate(
         zip(window.kernel, window.strides, window.dilations, strict=True)
     ):
@@ -142,16 +143,24 @@ def share_of_full(s: Site, window: Window) -> Tensor:
         first = op.Sub(first, op.Gather(begin, j))
         entries = op.Add(op.Unsqueeze(first, [1]), [dilation * n for n in range(k)])
         if s.attr("count_include_pad"):
-            counted = op.Less(entries, op.Gather(op.Add(size, end), j))
+            counted = op.Less(entries, beside_data(s, op.Gather(op.Add(size, end), j)))
         else:
-            counted = op.And(op.GreaterOrEqual(entries, 0), op.Less(entries, op.Gather(size, j)))
+            inside = op.Less(entries, beside_data(s, op.Gather(size, j)))
+            counted = op.And(op.GreaterOrEqual(entries, 0), inside)
         count = op.Max(op.ReduceSum(op.Cast(counted, to=dtype), [1], keepdims=0), 1.0)
-        rank = len(window.kernel)
-        share = op.Reshape(op.Div(float(k), count), [-1] + [1] * (rank - 1 - j))
-        result = share if result is None else op.Mul(result, share)
-    if result is None:
-        raise Unsupported("no spatial axis")
-    return result
+        shares.append(op.Reshape(op.Div(float(k), count), [-1] + [1] * (rank - 1 - j)))
+    return reduce(op.Mul, shares)
+
+
+def beside_data(s: Site, number: Tensor) -> Tensor:
+    """[1]: an integer scalar computed from shapes, made where the data lives.
+
+    Shapes are on the host. A range takes its bounds there and is written on the device, so that
+    no copy between the two is needed.
+    """
+    made = s.op.Range(number, s.op.Add(number, 1), 1)
+    made.shape = [1]
+    return made
 
 
 add(Linear(op="AveragePool", pull=average_pull))
@@ -165,8 +174,12 @@ def global_average_pull(s: Site, i: int) -> Tensor:
     op, known = s.op, sizes(s, s.x())
     if known is not None:
         return op.Mul(s.m, 1 / math.prod(known))
-    per_axis = op.Reciprocal(op.Cast(op.Shape(s.x(), start=2), to=s.graph.dtype(s.m)))
-    return op.Mul(s.m, op.ReduceProd(per_axis, keepdims=0))
+    share, vector = s.m, size_vector(s, s.x())
+    for j in range(s.rank(s.x()) - 2):
+        # One axis at a time: the number of positions may exceed float16.
+        count = op.Cast(beside_data(s, op.Gather(vector, j)), to=s.graph.dtype(s.m))
+        share = op.Div(share, count)
+    return share
 
 
 add(Linear(op="GlobalAveragePool", pull=global_average_pull))
@@ -191,15 +204,15 @@ def pool_winner(s: Site) -> Tensor:
 
 def sample_starts(s: Site, x: Tensor) -> Tensor:
     """[N, 1…]: the position of each sample's first entry among all."""
-    op, shape = s.op, s.shape(x) or ()
-    known = static(shape[1:])
+    op, shape, rank = s.op, s.shape(x), s.rank(x)
+    known = static(shape[1:]) if shape else None
     if known is None:
         length = op.Squeeze(op.Shape(op.Flatten(x), start=1, end=2))
     else:
         length = s.graph.constant(math.prod(known), np.int64)
     # The batch of a reference is known at run time only.
     starts = op.Range(s.graph.constant(0, np.int64), op.Size(x), length)
-    return op.Reshape(starts, [-1] + [1] * (s.rank(x) - 1))
+    return op.Reshape(starts, [-1] + [1] * (rank - 1))
 
 
 def pool_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from onnx_attrib.rules.shape import DATA_ONLY
 def reduced_axes(s: Site) -> tuple[int, ...] | None:
     """The axes reduced, counted from the front; None if only known at run time."""
     axes = s.value(1)
-    if axes is None and s.optional(1) is not None:
+    if s.shape(s.x()) is None or (axes is None and s.optional(1) is not None):
         return None
     rank = s.rank(s.x())
     if axes is not None and axes.size:
@@ -36,7 +36,7 @@ def unreduced(s: Site) -> Tensor:
 
 def kept(s: Site, tensor: Tensor) -> Tensor:
     """``tensor``, shaped like the output, with the reduced axes in place at size 1."""
-    axes = None if s.shape(s.x()) is None else reduced_axes(s)
+    axes = reduced_axes(s)
     if axes is None:
         if not s.attr("keepdims"):
             tensor = s.op.Reshape(tensor, s.op.Shape(unreduced(s)))
@@ -51,7 +51,7 @@ def kept(s: Site, tensor: Tensor) -> Tensor:
 def mean_pull(s: Site, i: int) -> Tensor:
     """Forward form y = Σ x / n over some axes. Backward returns m / n, for each entry."""
     op, m = s.op, kept(s, s.m)
-    axes = None if s.shape(s.x()) is None else reduced_axes(s)
+    axes = reduced_axes(s)
     if axes is not None:
         count = sizes(s, s.x(), np.array(axes, np.int64))
         if isinstance(count, np.ndarray):
