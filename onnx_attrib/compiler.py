@@ -19,6 +19,7 @@ from onnx_attrib.passes.differentiate import differentiate
 from onnx_attrib.passes.finalize import finalize
 from onnx_attrib.passes.integrate import integrate
 from onnx_attrib.passes.normalize import normalize
+from onnx_attrib.passes.recognize import recognize
 from onnx_attrib.passes.reference import reference
 from onnx_attrib.passes.scope import scope
 from onnx_attrib.passes.simplify import simplify
@@ -126,6 +127,7 @@ def pipeline(request: Request) -> list[Callable[[Job], None]]:
         choose_target,
         reference,
         cluster,
+        recognize,
         integrate if request.method.path else differentiate,
         finalize,
         lambda job: simplify(job.graph),

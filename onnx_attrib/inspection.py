@@ -289,7 +289,7 @@ def _analyse(report: Inspection, job: Job) -> None:
     _without_rule(report, graph.nodes, [n for n, _ in path])
     consumers: dict[str, list[Node]] = {}
     for node, _ in path:
-        for tensor in node.inputs:
+        for tensor in graph.uses(node):
             consumers.setdefault(tensor.name, []).append(node)
     found = embeddings(graph, upstream)
 
@@ -358,9 +358,7 @@ def _layers(
     """Outputs of weighted operators and residual sums, after normalisation and activation."""
     roots = {cluster.root.name: cluster for cluster in clusters.values()}
     for node, indices in path:
-        if node.op in _WEIGHTED and len(indices) == 1:
-            made_by = node.op
-        elif node.op in ("Add", "Sum") and len(indices) > 1:
+        if (node.op in _WEIGHTED and len(indices) == 1) or (node.op in ("Add", "Sum") and len(indices) > 1):
             made_by = node.op
         else:
             continue

@@ -662,9 +662,11 @@ class Graph:
         for tensor, known in zip(node.outputs, declared, strict=True):
             shape = self.shape(tensor)
             if shape is not None and known is not None and len(shape) == len(known):
-                tensor.shape = [
-                    k if d is None else d for d, k in zip(shape, known, strict=True)
-                ]
+                tensor.shape = [k if d is None else d for d, k in zip(shape, known, strict=True)]
+
+    def place(self, node: Node) -> None:
+        """Append a node that was emitted into another list."""
+        self._sink.append(node)
 
     def emit_steps(self, node: Node, formal: str, like: Tensor) -> Tensor:
         """Let a Scan or Loop also emit its body's input ``formal``, as it is at every step.

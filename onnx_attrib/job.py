@@ -53,11 +53,18 @@ class Scope:
 
 @dataclass
 class Cluster:
-    """A region of elementwise operators with one variable input: one nonlinearity."""
+    """A region with one variable input that counts as one operator.
+
+    Either elementwise ``nodes`` that are one nonlinearity, or the spelling of an operator
+    (``stand_in``, whose rule applies).
+    """
 
     root: Tensor
     output: Tensor
     nodes: list[Node]
+    stand_in: Node | None = None
+    piecewise: bool = False
+    """Whether the nonlinearity is piecewise linear."""
 
 
 @dataclass

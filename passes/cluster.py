@@ -55,7 +55,8 @@ def _region(job: Job, last: Node, varying: set[str], order: dict[str, int]) -> C
             root = next(iter(frontier.values()))
             if not same_shape(graph, root, output) or root.name not in job.scope.active:
                 return None
-            return Cluster(root, output, [inner[i] for i in sorted(inner)])
+            nodes = [inner[i] for i in sorted(inner)]
+            return Cluster(root, output, nodes, piecewise=_piecewise(nodes, varying))
         # Open the newest tensor: everything older may still turn out to be the common root.
         newest = max(frontier, key=lambda name: order.get(name, -1))
         if newest not in order:
@@ -65,6 +66,18 @@ def _region(job: Job, last: Node, varying: set[str], order: dict[str, int]) -> C
             return None
         del frontier[newest]
     return None
+
+
+def _piecewise(nodes: list[Node], varying: set[str]) -> bool:
+    """Whether a region is piecewise linear: no smooth function, no product of varying tensors."""
+    for node in nodes:
+        indices = tuple(i for i, t in enumerate(node.inputs) if t.name in varying)
+        row = rules.lookup(node.op, node.domain, indices)
+        if isinstance(row, rules.Elementwise) and not row.piecewise:
+            return False
+        if isinstance(row, rules.Composite | rules.Bilinear) and len(indices) > 1:
+            return False
+    return True
 
 
 def _pointwise(node: Node) -> bool:

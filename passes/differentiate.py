@@ -80,11 +80,10 @@ class Sweep:
                 shares = self._apply(site, rule)
             except Unsupported as reason:
                 offences.append(offence(node, str(reason)))
+                shares = _stand_ins(site)
             except UnsupportedOpError as inner:
                 offences.extend(reversed(inner.offences))
-            if offences:
-                # Go on with a stand-in, to find the other nodes that cannot be handled.
-                shares = {i: site.zeros_like(site.x(i)) for i in site.active}
+                shares = _stand_ins(site)
             read = operands(site.node)
             for i, m in shares.items():
                 pending.setdefault(read[i].name, []).append(m)
@@ -156,7 +155,11 @@ class Sweep:
             # The region stands as a node of its own: its root in, its output out.
             node = _stand_in(cluster)
             indices: tuple[int, ...] = (0,)
-            rule: Rule | None = self._cluster_rule(cluster)
+            rule: Rule | None = (
+                rules.lookup(node.op, node.domain, indices)
+                if cluster.stand_in is not None
+                else self._cluster_rule(cluster)
+            )
         else:
             indices = active_inputs(node, active)
             rule = rules.lookup(node.op, node.domain, indices)
@@ -186,7 +189,7 @@ class Sweep:
             active = flow(cluster.nodes, {root})
             return inner.run(cluster.nodes, active, {cluster.output.name: one}, [root])[root]
 
-        return Elementwise(op="cluster", derivative=derivative)
+        return Elementwise(op="cluster", derivative=derivative, piecewise=cluster.piecewise)
 
     def _apply(self, site: Site, rule: Rule | None) -> Shares:
         if rule is None:
@@ -253,8 +256,16 @@ def offence(node: Node, reason: str) -> Offence:
     return Offence(node.op, node.domain or "", OPSET, label, reason)
 
 
+def _stand_ins(site: Site) -> Shares:
+    """Go on after a node that cannot be handled, to find the others."""
+    return {i: site.zeros_like(site.x(i)) for i in site.active}
+
+
 def _stand_in(cluster: Cluster) -> Node:
+    spelled = cluster.stand_in
     node = gs.Node("cluster", cluster.output.name)
+    if spelled is not None:
+        node = gs.Node(spelled.op, spelled.name, dict(spelled.attrs))
     # Plain lists: graphsurgeon's own would enter the stand-in as a producer of the output.
     node.inputs, node.outputs = [cluster.root], [cluster.output]
     return node

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.inliner
+import onnx.reference
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnx_attrib.errors import ModelError
 from onnx_attrib.ir import OPSET, Graph, subgraphs
+from onnx_attrib.passes.convert import convert
 
 OLDEST, NEWEST = 7, 26
 _DETACH = 1024
@@ -32,7 +35,7 @@ def normalize(model: ModelProto) -> Graph:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
         _constants_to_initializers(model)
-    model = _convert(model)
+    model = convert(model, default_opset(model))
     _constants_to_initializers(model)
     model = _infer(model)
     if _fold(model):
@@ -174,18 +177,6 @@ def _constant_value(node: NodeProto) -> TensorProto | None:
 
 
 # -- versions, shapes, constants -------------------------------------------------------------------
-
-
-def _convert(model: ModelProto) -> ModelProto:
-    version = default_opset(model)
-    if version == OPSET:
-        return model
-    try:
-        return onnx.version_converter.convert_version(model, OPSET)
-    except Exception as error:  # the converter raises bare RuntimeErrors
-        raise ModelError(
-            f"ONNX's version converter cannot bring opset {version} to {OPSET}: {_line(error)}"
-        ) from None
 
 
 def _infer(model: ModelProto) -> ModelProto:

@@ -74,30 +74,47 @@ def attributed_tensors(
         return [_float_tensor(graph, name, "input") for name in names]
     used = {t.name for node in upstream for t in graph.uses(node)}
     found = [t for t in graph.inputs if is_float(t.dtype) and t.name in used]
-    if found:
-        live = [t for t in found if _reaches(upstream, t)]
-        return live or found
-    looked_up = embeddings(graph, upstream)
-    if not looked_up:
+    # Numbers that only serve as indices (some exporters declare token ids as floats) do not count.
+    chosen = [t for t in found if _reaches(upstream, t)] or embeddings(graph, upstream) or found
+    if not chosen:
         kinds = ", ".join(f"{t.name}: {t.dtype}" for t in graph.inputs)
         raise CompileError(
             f"no float input reaches the output, and no embedding was found (inputs: {kinds}); "
             "name an inner float tensor with inputs=[...] (--input)"
         )
-    return looked_up
+    return chosen
 
 
 def embeddings(graph: Graph, nodes: Sequence[Node]) -> list[Tensor]:
-    """Rows of constant float tables that are picked at run time."""
+    """Rows of constant float tables that are picked at run time, by index or by one-hot product."""
     return [
         node.outputs[0]
         for node in nodes
-        if node.op == "Gather"
-        and is_float(node.outputs[0].dtype)
-        and graph.value(node.inputs[0]) is not None
-        and len(graph.shape(node.inputs[0]) or ()) == 2
-        and graph.value(node.inputs[1]) is None
+        if is_float(node.outputs[0].dtype) and (_picks_rows(graph, node) or _one_hot(graph, node))
     ]
+
+
+def _picks_rows(graph: Graph, node: Node) -> bool:
+    if node.op not in ("Gather", "GatherND"):
+        return False
+    table, indices = node.inputs[:2]
+    return _is_table(graph, table) and graph.value(indices) is None
+
+
+def _one_hot(graph: Graph, node: Node) -> bool:
+    """A product of truth values, seen as zeros and ones, with a table."""
+    if node.op not in ("MatMul", "Gemm") or not _is_table(graph, node.inputs[1]):
+        return False
+    for source in node.inputs[0].inputs:
+        if source.op == "OneHot":
+            return True
+        if source.op == "Cast":
+            return source.inputs[0].dtype == np.bool_
+    return False
+
+
+def _is_table(graph: Graph, tensor: Tensor) -> bool:
+    return graph.value(tensor) is not None and len(graph.shape(tensor) or ()) == 2
 
 
 def ancestors(graph: Graph, output: Tensor) -> list[Node]:

@@ -42,7 +42,11 @@ def top(name: str, k: int, attributes: str) -> Case:
 
 
 FIRST = [top("first", 1, "axis=1"), top("last", 1, "axis=-1, largest=0")]
-LARGEST = [top("three", 3, "axis=1"), top("smallest", 2, "axis=2, largest=0"), top("all", 4, "")]
+LARGEST = [
+    top("three", 3, "axis=1"),
+    top("smallest", 2, "axis=2, largest=0"),
+    top("all", 4, "axis=-1"),
+]
 
 
 @pytest.mark.parametrize(("case", "form"), each(OVER_AXES + OVER_OPERANDS + FIRST))

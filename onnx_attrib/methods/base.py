@@ -6,12 +6,12 @@ attributed tensor become its attribution (``attribution``). It never names an op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from onnx_attrib.errors import OptionError, suggest
-from onnx_attrib.ir import Emitter, Node, Tensor
+from onnx_attrib.ir import Emitter, Tensor
 from onnx_attrib.rules.base import (
     Bilinear,
     Composite,
@@ -21,6 +21,7 @@ from onnx_attrib.rules.base import (
     Rule,
     Site,
     Structured,
+    Walker,
 )
 
 Shares = dict[int, Tensor]
@@ -28,35 +29,11 @@ Shares = dict[int, Tensor]
 Options = Mapping[str, Any]
 
 
-class Sweeper(Protocol):
+class Sweeper(Walker, Protocol):
     """What a treatment may ask of the sweep that applies it."""
 
     def decompose(self, site: Site, rule: Composite, table: Table | None = None) -> Shares:
         """Sweep through the operator's definition (by ``table``, or the method's own)."""
-
-    def through(
-        self,
-        site: Site,
-        nodes: Sequence[Node],
-        outputs: Sequence[Tensor | None],
-        known: Mapping[str, Tensor] | None = None,
-        known_reference: Mapping[str, Tensor] | None = None,
-        table: Table | None = None,
-    ) -> Shares:
-        """Sweep through ``nodes``, which compute ``outputs`` from ``site.inputs``.
-
-        ``known``: tensors among them whose values are at hand elsewhere, by name (and the same
-        at the reference).
-        """
-
-    def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
-        """Names of the tensors that ``roots`` reach through differentiable operators."""
-
-    def share(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> list[Node]:
-        """``nodes``, sorted, without those that compute what an earlier one does."""
-
-    def note(self, message: str) -> None:
-        """Tell the user something about the result."""
 
 
 Treatment = Callable[[Sweeper, Site, Any], Shares]
@@ -174,6 +151,11 @@ def fused(sweep: Sweeper, site: Site, rule: Composite) -> Shares:
     if rule.pull is None or any(m is not None for m in site.cotangents[1:]):
         return sweep.decompose(site, rule, GRADIENT)
     return {i: rule.pull(site, i) for i in site.active}
+
+
+def definition(sweep: Sweeper, site: Site, rule: Composite) -> Shares:
+    """Through the operator's definition, by the method's own table."""
+    return sweep.decompose(site, rule)
 
 
 def conserving(sweep: Sweeper, site: Site, rule: Composite) -> Shares:

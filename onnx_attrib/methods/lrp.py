@@ -2,8 +2,8 @@
 
 x · ∂ᵍS/∂x with g(z) = f(z) / (z + ε·sign z), sign 0 = +1, and f'(0) at z = 0. On networks of
 ReLUs without it this is gradient × input. A product of two variables halves the multiplier to
-each, so relevance is split evenly; a maximum takes all; operators that are neither (Softmax,
-normalisations) pass their gradient, as the paper's implementation does.
+each, so relevance is split evenly; a maximum takes all; normalisations are followed through their
+definitions; Softmax passes its gradient, as in the paper's implementation.
 """
 
 from onnx_attrib.methods.base import (
@@ -15,10 +15,12 @@ from onnx_attrib.methods.base import (
     Sweeper,
     Table,
     Treatment,
+    definition,
+    fused,
     numeric,
     scale,
 )
-from onnx_attrib.rules.base import Bilinear, Elementwise, Site
+from onnx_attrib.rules.base import Bilinear, Composite, Elementwise, Site
 
 
 def ratio(epsilon: float) -> Treatment:
@@ -42,8 +44,18 @@ def split_evenly(sweep: Sweeper, site: Site, rule: Bilinear) -> Shares:
     return {i: site.op.Mul(share, 1 / len(shares)) for i, share in shares.items()}
 
 
+def apart(sweep: Sweeper, site: Site, rule: Composite) -> Shares:
+    """Through the operator's definition; a distribution passes its gradient."""
+    return fused(sweep, site, rule) if rule.distribution else definition(sweep, site, rule)
+
+
 def _table(options: Options) -> Table:
-    return {**GRADIENT, Elementwise: ratio(options["epsilon"]), Bilinear: split_evenly}
+    return {
+        **GRADIENT,
+        Elementwise: ratio(options["epsilon"]),
+        Bilinear: split_evenly,
+        Composite: apart,
+    }
 
 
 epsilon_lrp = Method(

@@ -9,9 +9,9 @@ output values there, the incoming cotangents, and the same node at the reference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -212,12 +212,42 @@ class Composite(Rule):
 
     It returns one tensor per output (None for one that nothing can flow back from). ``pull`` is
     a fused gradient and ``difference`` a fused conserving rule, both of the first output, where
-    there is one.
+    there is one. ``distribution``: a softmax or its kin, which relevance methods do not take
+    apart (the quotient f(z)/z of an exponential means nothing: the logits may be shifted).
     """
 
     decompose: Callable[[Site], Sequence[Tensor | None]]
     pull: Pull | None = None
     difference: Pull | None = None
+    distribution: bool = False
+
+
+class Walker(Protocol):
+    """What a structured rule may ask of the sweep: to go on inside, by the same method."""
+
+    def through(
+        self,
+        site: Site,
+        nodes: Sequence[Node],
+        outputs: Sequence[Tensor | None],
+        known: Mapping[str, Tensor] | None = None,
+        known_reference: Mapping[str, Tensor] | None = None,
+    ) -> dict[int, Tensor]:
+        """Cotangents of the active inputs of ``site``, through ``nodes``.
+
+        These compute ``outputs``, one for each cotangent of the site, from the site's inputs.
+        ``known``: tensors among them whose values are at hand elsewhere, by name (and the same
+        at the reference): what depends on them is computed from these.
+        """
+
+    def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
+        """Names of the tensors that ``roots`` reach through differentiable operators."""
+
+    def share(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> list[Node]:
+        """``nodes``, sorted, without those that compute what an earlier one does."""
+
+    def note(self, message: str) -> None:
+        """Tell the user something about the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +260,7 @@ class Structured(Rule):
     operators inside are the model's own, and messages name them.
     """
 
-    pull: Callable[[Any, Site], dict[int, Tensor]]
+    pull: Callable[[Walker, Site], dict[int, Tensor]]
     transparent: bool = True
 
 

@@ -44,8 +44,15 @@ def softmax_definition(s: Site) -> Sequence[Tensor]:
     return [s.op.Exp(log_softmax_definition(s)[0])]
 
 
-add(Composite(op="Softmax", pull=softmax_pull, decompose=softmax_definition))
-add(Composite(op="LogSoftmax", pull=log_softmax_pull, decompose=log_softmax_definition))
+add(Composite(op="Softmax", pull=softmax_pull, decompose=softmax_definition, distribution=True))
+add(
+    Composite(
+        op="LogSoftmax",
+        pull=log_softmax_pull,
+        decompose=log_softmax_definition,
+        distribution=True,
+    )
+)
 
 
 def reduced_axes(s: Site) -> Tensor | None:
@@ -106,6 +113,7 @@ add(
             s.op.Log(s.op.ReduceSum(s.op.Exp(s.x()), reduced_axes(s), keepdims=s.attr("keepdims")))
         ],
         blocked=frozenset({1}),
+        distribution=True,
     )
 )
 

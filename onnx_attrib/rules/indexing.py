@@ -11,7 +11,6 @@ ScatterND loses additions when it runs on several threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -83,9 +82,9 @@ def count_up(s: Site, size: Ints) -> Ints:
     return s.op.Range(np.int64(0), s.op.Squeeze(size, [0]), np.int64(1))
 
 
-def axis_of(s: Site, like: Tensor, name: str = "axis") -> int:
-    """An axis attribute, counted from the front."""
-    axis = int(s.attr(name))
+def axis_of(s: Site, like: Tensor) -> int:
+    """The axis attribute, counted from the front."""
+    axis = int(s.attr("axis"))
     return axis if axis >= 0 else axis + s.rank(like)
 
 
@@ -339,12 +338,6 @@ def again(s: Site, **attributes: Any) -> Tensor:
     return s.graph.emit(s.node.op, s.m, *s.inputs[1:], **{**s.node.attrs, **attributes})
 
 
-def masked(names: Sequence[str]) -> None:
-    """Rows for operators that are their own transpose."""
-    for name in names:
-        add(Linear(op=name, pull=lambda s, i: again(s), blocked=DATA_ONLY))
-
-
 add(Linear(op="Expand", pull=lambda s, i: s.m, broadcasts=True, lazy=True, blocked=DATA_ONLY))
 add(Linear(op="Where", pull=where_pull, broadcasts=True, lazy=True, blocked=frozenset({0})))
 add(Linear(op="Tile", pull=tile_pull, blocked=DATA_ONLY))
@@ -355,7 +348,9 @@ add(
         pull=lambda s, i: s.op.DepthToSpace(s.m, blocksize=s.attr("blocksize")),
     )
 )
-masked(["Trilu", "ReverseSequence"])
+for name in ("Trilu", "ReverseSequence"):
+    # Each is its own transpose.
+    add(Linear(op=name, pull=lambda s, i: again(s), blocked=DATA_ONLY))
 add(
     Linear(
         op="CumSum",

@@ -12,7 +12,6 @@ import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add
-from onnx_attrib.rules.broadcast import refine
 from onnx_attrib.rules.indexing import sizes
 from onnx_attrib.rules.shape import DATA_ONLY
 
@@ -44,8 +43,12 @@ def kept(s: Site, tensor: Tensor) -> Tensor:
         return s.op.Expand(tensor, s.shape_of(s.x()))
     if axes and not s.attr("keepdims"):
         tensor = s.op.Unsqueeze(tensor, list(axes))
-    dims = s.shape(s.x()) or ()
-    return refine(s.graph, tensor, tuple(1 if k in axes else dim for k, dim in enumerate(dims)))
+    have, dims = s.shape(tensor), s.shape(s.x()) or ()
+    if have is None or any(have[k] != 1 for k in axes):
+        # Inference could not tell; a cotangent of unknown shape would count as full.
+        tensor = s.op.Identity(tensor)
+        tensor.shape = [1 if k in axes else dim for k, dim in enumerate(dims)]
+    return tensor
 
 
 def mean_pull(s: Site, i: int) -> Tensor:
@@ -84,7 +87,7 @@ def norm_pull(s: Site, i: int) -> Tensor:
 
 def norm_definition(s: Site) -> Sequence[Tensor]:
     """√Σ x², where a sum of zero counts as the smallest number: the root has a slope there."""
-    tiny = np.finfo(s.graph.dtype(s.x())).tiny
+    tiny = 6e-8 if s.graph.dtype(s.x()) == np.float16 else 1.2e-38
     return [s.op.Sqrt(s.op.Max(total(s, s.op.Pow(s.x(), 2.0)), tiny))]
 
 

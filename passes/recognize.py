@@ -1,0 +1,111 @@
+"""Find softmaxes that an exporter spelled out.
+
+exp(z − max z) / Σ exp(z − max z), with or without the shift, is Softmax(z), and its logarithm
+LogSoftmax(z). As single operators they are one map from z, whatever the shift: taken apart, the
+shift would take part in a difference, and the spelling would change the attribution.
+
+Precondition: scope. Postcondition: ``job.clusters`` maps the region's last output to a region that
+stands for the operator.
+"""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from onnx_attrib.ir import Graph, Node, Tensor
+from onnx_attrib.job import Cluster, Job
+
+# Between a reduction and its use: operators that only restore or broadcast the reduced axis.
+_RESTORING = frozenset({"Identity", "Unsqueeze", "Reshape", "Expand", "Squeeze"})
+
+
+def recognize(job: Job) -> None:
+    """Collect spelled-out softmaxes for methods that treat regions as one."""
+    if not job.method.clusters:
+        return
+    for node in job.scope.nodes:
+        found = _softmax(job.graph, node) or _log_softmax(job.graph, node)
+        if found is not None and found.root.name in job.scope.active:
+            job.clusters[found.output.name] = found
+
+
+def _softmax(graph: Graph, last: Node) -> Cluster | None:
+    """exp(u) / Σ exp(u)."""
+    if last.op == "Div":
+        top, bottom = last.inputs
+    elif last.op == "Mul":
+        inverse = [t for t in last.inputs if _made_by(t, "Reciprocal")]
+        if len(inverse) != 1:
+            return None
+        (top,) = [t for t in last.inputs if t is not inverse[0]]
+        bottom = _producer(inverse[0]).inputs[0]
+    else:
+        return None
+    axis = _reduced(graph, bottom, "ReduceSum", top)
+    if axis is None or not _made_by(top, "Exp"):
+        return None
+    return _region(graph, "Softmax", axis, _producer(top).inputs[0], last.outputs[0])
+
+
+def _log_softmax(graph: Graph, last: Node) -> Cluster | None:
+    """u − log Σ exp(u)."""
+    if last.op != "Sub":
+        return None
+    shifted, normalizer = last.inputs
+    log = _behind(normalizer)
+    if not _made_by(log, "Log"):
+        return None
+    total = _producer(log).inputs[0]
+    powers = _producer(_behind(total)).inputs[0] if _made_by(_behind(total), "ReduceSum") else None
+    if powers is None or not _made_by(powers, "Exp") or _producer(powers).inputs[0] != shifted:
+        return None
+    axis = _reduced(graph, total, "ReduceSum", powers)
+    if axis is None:
+        return None
+    return _region(graph, "LogSoftmax", axis, shifted, last.outputs[0])
+
+
+def _region(graph: Graph, op: str, axis: int, shifted: Tensor, output: Tensor) -> Cluster | None:
+    """The region as ``op`` of the logits before a shift by their maximum, if there is one."""
+    root = shifted
+    if _made_by(shifted, "Sub"):
+        logits, shift = _producer(shifted).inputs
+        if _reduced(graph, shift, "ReduceMax", logits) == axis:
+            root = logits
+    if graph.shape(root) != graph.shape(output):
+        return None
+    stand_in = gs.Node(op, output.name, attrs={"axis": axis})
+    return Cluster(root, output, [], stand_in)
+
+
+def _reduced(graph: Graph, tensor: Tensor, op: str, source: Tensor) -> int | None:
+    """The axis, if ``tensor`` is ``source`` reduced over one axis and meets it by broadcasting."""
+    shape = graph.shape(source)
+    node = _producer(_behind(tensor))
+    if node is None or node.op != op or node.inputs[0] != source or shape is None:
+        return None
+    axes = graph.value(node.inputs[1]) if len(node.inputs) > 1 else None
+    if axes is None or axes.size != 1:
+        return None
+    axis = int(axes.reshape(())) % len(shape)
+    met = graph.shape(tensor)
+    wanted = (*shape[:axis], 1, *shape[axis + 1 :])
+    return axis if met in (wanted, shape) else None
+
+
+def _behind(tensor: Tensor) -> Tensor:
+    """The tensor before operators that only restore a reduced axis."""
+    node = _producer(tensor)
+    while node is not None and node.op in _RESTORING:
+        tensor = node.inputs[0]
+        node = _producer(tensor)
+    return tensor
+
+
+def _made_by(tensor: Tensor, op: str) -> bool:
+    node = _producer(tensor)
+    return node is not None and node.op == op and not node.domain
+
+
+def _producer(tensor: Tensor) -> Node | None:
+    return tensor.inputs[0] if tensor.inputs else None

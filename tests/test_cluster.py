@@ -1,0 +1,105 @@
+"""The spelling of an activation or a softmax does not change its attribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import onnx_attrib
+
+from .test_contract import close, rng, run, text
+
+__all__ = ["rng"]
+
+SCALARS = (
+    "float one = {1}, float half = {0.5}, float zero = {0}, float three = {3}, float six = {6}, "
+    "float root2 = {1.4142135}, float cubic = {0.044715}, float k = {0.7978846}, "
+    "float tenth = {0.1}, float twenty = {20}, int64[1] last = {-1}"
+)
+
+# (the operator, the same spelled out)
+SPELLINGS = {
+    "gelu": (
+        "y = Gelu(x)",
+        "a = Div(x, root2) b = Erf(a) c = Add(b, one) d = Mul(x, c) y = Mul(d, half)",
+    ),
+    "gelu-tanh": (
+        'y = Gelu <approximate = "tanh"> (x)',
+        """p = Pow(x, three) q = Mul(p, cubic) r = Add(x, q) s = Mul(r, k) t = Tanh(s)
+        u = Add(t, one) v = Mul(half, u) y = Mul(x, v)""",
+    ),
+    "hard-swish": (
+        "y = HardSwish(x)",
+        "a = Add(x, three) b = Clip(a, zero, six) c = Div(b, six) y = Mul(x, c)",
+    ),
+    "leaky": (
+        "y = LeakyRelu <alpha = 0.1> (x)",
+        "a = Greater(x, zero) b = Mul(x, tenth) y = Where(a, x, b)",
+    ),
+    "leaky-max": ("y = LeakyRelu <alpha = 0.1> (x)", "b = Mul(x, tenth) y = Max(x, b)"),
+    "elu": ("y = Elu(x)", "a = Greater(x, zero) e = Exp(x) b = Sub(e, one) y = Where(a, x, b)"),
+    "softplus": (
+        "y = Softplus(x)",
+        "s = Softplus(x) g = Greater(x, twenty) y = Where(g, x, s)",
+    ),
+    "mish": ("y = Mish(x)", "s = Softplus(x) t = Tanh(s) y = Mul(x, t)"),
+    "square": ("y = Pow(x, two)", "y = Mul(x, x)"),
+    "softmax": (
+        "y = Softmax(x)",
+        "m = ReduceMax(x, last) d = Sub(x, m) e = Exp(d) s = ReduceSum(e, last) y = Div(e, s)",
+    ),
+    "softmax-unshifted": (
+        "y = Softmax(x)",
+        "e = Exp(x) s = ReduceSum(e, last) r = Reciprocal(s) y = Mul(e, r)",
+    ),
+    "softmax-keepdims": (
+        "y = Softmax(x)",
+        """m = ReduceMax <keepdims = 0> (x, last) n = Unsqueeze(m, last) d = Sub(x, n)
+        e = Exp(d) s = ReduceSum <keepdims = 0> (e, last) t = Unsqueeze(s, last) y = Div(e, t)""",
+    ),
+    "log-softmax": (
+        "y = LogSoftmax(x)",
+        """m = ReduceMax(x, last) d = Sub(x, m) e = Exp(d) s = ReduceSum(e, last)
+        l = Log(s) y = Sub(d, l)""",
+    ),
+    "layer-norm": (
+        "y = LayerNormalization <epsilon = 0.001> (x, scale)",
+        """m = ReduceMean(x, last) d = Sub(x, m) p = Pow(d, two) v = ReduceMean(p, last)
+        w = Add(v, tiny) s = Sqrt(w) n = Div(d, s) y = Mul(n, scale)""",
+    ),
+    "layer-norm-fast-variance": (
+        "y = LayerNormalization <epsilon = 0.001> (x, scale)",
+        """m = ReduceMean(x, last) p = Mul(x, x) q = ReduceMean(p, last) o = Mul(m, m)
+        v = Sub(q, o) w = Add(v, tiny) s = Sqrt(w) r = Reciprocal(s) f = Mul(r, scale)
+        d = Sub(x, m) y = Mul(d, f)""",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["deeplift", "epsilon-lrp", "gradient"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling(rng: np.random.Generator, name: str, method: str) -> None:
+    feeds = {"x": (2 * rng.standard_normal((4, 6))).astype(np.float32)}
+    feeds["seed"] = rng.standard_normal((4, 6)).astype(np.float32)
+    arrays = {"scale": rng.standard_normal(6).astype(np.float32)}
+    arrays |= {"two": np.array(2, np.float32), "tiny": np.array(1e-3, np.float32)}
+    options = {}
+    if method == "deeplift":
+        options["baseline"] = "input"
+        feeds["x_baseline"] = rng.standard_normal((1, 6)).astype(np.float32)
+    results = [
+        run(
+            onnx_attrib.compile(
+                text(f"g (float[N, 6] x) => (float[N, 6] y) <{SCALARS}> {{ {body} }}", **arrays),
+                method,
+                target="seed",
+                **options,
+            ),
+            feeds,
+        )
+        for body in SPELLINGS[name]
+    ]
+    close(results[1]["y"], results[0]["y"], 1e-5)
+    # The stabiliser ε = 1e-4 acts on other intermediate values when the variance is spelled so.
+    fast = (name, method) == ("layer-norm-fast-variance", "epsilon-lrp")
+    close(results[1]["x_attribution"], results[0]["x_attribution"], 1e-4 if fast else 1e-5)
