@@ -187,8 +187,7 @@ def load_picture(
     if form is None or form.channels not in (1, 3, 4):
         raise OptionError(
             f"input '{port.name}' {show_shape(port.shape)} does not look like a picture; give its "
-            "values as .npy or .npz"
-            + ("" if layout else ", or name the axes with --layout")
+            "values as .npy or .npz" + ("" if layout else ", or name the axes with --layout")
         )
     pixels = read_pixels(path, form.channels, form.height, form.width, crop)
     scaling = scaling or default_scaling(port, metadata or {}, form.channels)

@@ -59,11 +59,7 @@ class Squashed:
 
     def __str__(self) -> str:
         kind = "log-probabilities" if self.operator == "LogSoftmax" else "probabilities"
-        why = (
-            "depend on every class"
-            if self.operator == "LogSoftmax"
-            else "saturate"
-        )
+        why = "depend on every class" if self.operator == "LogSoftmax" else "saturate"
         return (
             f"output '{self.output}' is behind a {self.operator}: {kind} {why}; to explain the "
             f"logits instead: --output {self.before}"
@@ -358,7 +354,9 @@ def _layers(
     """Outputs of weighted operators and residual sums, after normalisation and activation."""
     roots = {cluster.root.name: cluster for cluster in clusters.values()}
     for node, indices in path:
-        if (node.op in _WEIGHTED and len(indices) == 1) or (node.op in ("Add", "Sum") and len(indices) > 1):
+        if (node.op in _WEIGHTED and len(indices) == 1) or (
+            node.op in ("Add", "Sum") and len(indices) > 1
+        ):
             made_by = node.op
         else:
             continue

@@ -74,7 +74,7 @@ def panel_of(
     values. ``inner``: the attribution is of an inner tensor, so that [L, D] is one of embeddings,
     summed over D.
     """
-    a = np.nan_to_num(np.asarray(attribution, np.float64))
+    a = np.nan_to_num(np.asarray(attribution, np.float64), posinf=0.0, neginf=0.0)
     if a.ndim > 3:
         a, value = _slice(a, value, channels_last)
     if a.ndim == 3:
@@ -162,7 +162,9 @@ def limit(attribution: Array) -> float:
 
 def _cell(panels: Sequence[Panel]) -> tuple[float, float]:
     if any(panel.kind == "image" for panel in panels):
-        ratios = [p.attribution.shape[0] / p.attribution.shape[1] for p in panels if p.kind == "image"]
+        ratios = [
+            p.attribution.shape[0] / p.attribution.shape[1] for p in panels if p.kind == "image"
+        ]
         return 7.2, float(np.clip(3.1 * max(ratios), 1.6, 6.0)) + 0.3
     if any(panel.kind == "bars" for panel in panels):
         return 6.4, 1.0 + 0.21 * max(len(p.attribution) for p in panels if p.kind == "bars")

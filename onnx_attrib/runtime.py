@@ -178,7 +178,9 @@ class Explainer:
             chooser = "target" if self._has_classes() else None
         self._chooser = next((p for p in ports if p.name == chooser), None)
         self._baselines = {
-            p.name.removesuffix("_baseline"): p for p in ports if p.name in extra and p.name in names
+            p.name.removesuffix("_baseline"): p
+            for p in ports
+            if p.name in extra and p.name in names
         }
         self.inputs = [p for p in ports if p.name not in extra and p is not self._chooser]
         """The source model's inputs."""
@@ -380,7 +382,9 @@ class Explainer:
         if batch is None:
             batch = indices.shape[0] if indices.ndim else 1
         wanted = (batch,) if columns is None else (batch, int(columns))
-        fits = indices.ndim <= len(wanted) and (columns is None or indices.shape[-1:] == wanted[-1:])
+        fits = indices.ndim <= len(wanted) and (
+            columns is None or indices.shape[-1:] == wanted[-1:]
+        )
         try:
             if not fits:
                 raise ValueError
@@ -556,7 +560,9 @@ def fit(port: Port, value: Any) -> Array:
     return np.ascontiguousarray(array).reshape(shape)
 
 
-def _completed(shape: tuple[int, ...], wanted: Sequence[int | str | None]) -> tuple[int, ...] | None:
+def _completed(
+    shape: tuple[int, ...], wanted: Sequence[int | str | None]
+) -> tuple[int, ...] | None:
     """``shape`` with the axes of size 1 that ``wanted`` has more, or None if it does not fit."""
     if shape_fits(shape, wanted):
         return shape

@@ -5,6 +5,11 @@ its difference quotient is Δf/Δx as a whole, so the spelling of an activation 
 attribution. Regions are found where paths meet again: from a node with several varying inputs back
 to the nearest single tensor that all of them are computed from.
 
+Methods that take f(z)/z (relevance) ask for chains too: a nonlinearity of a nonlinearity, with at
+most scalar arithmetic between them (log(1 + e^z)), is one. A constant for each channel between them
+is a layer of its own and ends the chain, and so does a sum before the first nonlinearity, which may
+be a layer's bias.
+
 Precondition: scope. Postcondition: ``job.clusters`` maps a region's last output to the region.
 """
 
@@ -22,6 +27,7 @@ _POINTWISE = frozenset(
     Greater GreaterOrEqual Less LessOrEqual Equal And Or Xor Not IsNaN IsInf Sign Floor Ceil Round
     """.split()
 )
+_ARITHMETIC = frozenset("Add Sub Mul Div Neg Identity".split())
 _LARGEST = 64
 
 
@@ -39,6 +45,66 @@ def cluster(job: Job) -> None:
         found = _region(job, node, varying, order)
         if found is not None:
             job.clusters[found.output.name] = found
+
+
+    if job.method.clusters == "chains":
+        _link(job, varying)
+
+
+def _link(job: Job, varying: set[str]) -> None:
+    """Extend every nonlinearity back over the nonlinearities that feed it."""
+    units: dict[str, Cluster] = {}
+    for node in job.scope.nodes:
+        output = node.outputs[0]
+        unit = job.clusters.get(output.name) or _single(node, varying)
+        if unit is None:
+            continue
+        start, between = _before_scalars(job, unit.root, varying)
+        earlier = units.get(start.name)
+        if earlier is None:
+            # Arithmetic before the first nonlinearity: only factors, for a sum may be a bias.
+            factors = _last_factors(between)
+            between = between[len(between) - factors :]
+            start = next((t for n in between[:1] for t in n.inputs if t.name in varying), unit.root)
+            earlier = Cluster(start, start, [])
+        if same_shape(job.graph, start, output) and (earlier.nodes or between):
+            nodes = [*earlier.nodes, *between, *unit.nodes]
+            unit = Cluster(earlier.root, output, nodes)
+            job.clusters[output.name] = unit
+        units[output.name] = unit
+
+
+def _last_factors(nodes: list[Node]) -> int:
+    """How many nodes at the end only multiply."""
+    count = 0
+    while count < len(nodes) and nodes[-1 - count].op not in ("Add", "Sub"):
+        count += 1
+    return count
+
+
+def _single(node: Node, varying: set[str]) -> Cluster | None:
+    indices = tuple(i for i, t in enumerate(node.inputs) if t.name in varying)
+    row = rules.lookup(node.op, node.domain, indices)
+    if isinstance(row, rules.Elementwise) and len(indices) == 1:
+        return Cluster(node.inputs[indices[0]], node.outputs[0], [node])
+    return None
+
+
+def _before_scalars(job: Job, tensor: Tensor, varying: set[str]) -> tuple[Tensor, list[Node]]:
+    """The tensor before arithmetic with single numbers, and that arithmetic."""
+    passed: list[Node] = []
+    while tensor.inputs:
+        node = tensor.inputs[0]
+        others = [t for t in node.inputs if t.name not in varying]
+        values = [job.graph.value(t) for t in others]
+        scalar = all(value is not None and value.size == 1 for value in values)
+        if node.op not in _ARITHMETIC or not scalar or len(node.inputs) - len(others) != 1:
+            break
+        if node.op == "Div" and node.inputs[0].name not in varying:
+            break
+        passed.insert(0, node)
+        tensor = next(t for t in node.inputs if t.name in varying)
+    return tensor, passed
 
 
 def _region(job: Job, last: Node, varying: set[str], order: dict[str, int]) -> Cluster | None:

@@ -81,7 +81,7 @@ def _stackable(job: Job) -> str | None:
     batch = batch_symbol(graph, sources)
     if batch is None or job.scope.batch != batch:
         return None
-    if not keeps_batch_apart(graph, job.scope.dependent, batch):
+    if not keeps_batch_apart(graph, sources, job.scope.dependent, batch):
         return None
     outside = captured(graph, sources, job.scope.dependent)
     return batch if all(fully_known(graph, tensor) for tensor in outside) else None

@@ -135,7 +135,14 @@ def _drop_initializer_inputs(model: ModelProto) -> None:
 
 
 def _constants_to_initializers(model: ModelProto) -> None:
-    graph = model.graph
+    _initialize(model.graph)
+
+
+def _initialize(graph: GraphProto) -> None:
+    """The Constant nodes of a graph, and of the graphs in it, as initializers."""
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _initialize(inner)
     outputs = {t.name for t in graph.output}
     nodes = []
     for node in graph.node:

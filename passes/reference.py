@@ -17,6 +17,8 @@ from onnx_attrib.errors import OptionError
 from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, is_float, static
 from onnx_attrib.job import Baseline, Job
 
+_SHAPES = frozenset({"Shape", "Size"})
+
 
 def reference(job: Job) -> None:
     """Build x̄ and replicate what depends on it."""
@@ -80,17 +82,25 @@ def batch_symbol(graph: Graph, sources: Sequence[Tensor]) -> str | None:
     return symbol if isinstance(symbol, str) else None
 
 
-def keeps_batch_apart(graph: Graph, region: Sequence[Node], batch: str) -> bool:
-    """Whether every float tensor in the region has the batch as one axis of its own.
+def keeps_batch_apart(
+    graph: Graph, sources: Sequence[Tensor], region: Sequence[Node], batch: str
+) -> bool:
+    """Whether every float tensor of the region has the batch as one axis of its own.
 
-    Then nothing mixes samples with other axes: the region can be evaluated at another batch.
+    Then nothing mixes samples with other axes or with each other: the region can be evaluated at
+    another batch. Only what depends on the sources by their shape alone may be free of the batch.
     """
-    return all(
-        _one_batch_axis(graph, tensor, batch)
-        for node in region
-        for tensor in node.outputs
-        if tensor.name and is_float(tensor.dtype)
-    )
+    carrying = {t.name for t in sources}
+    for node in region:
+        carries = node.op not in _SHAPES and any(t.name in carrying for t in graph.uses(node))
+        for tensor in node.outputs:
+            if not tensor.name:
+                continue
+            if carries:
+                carrying.add(tensor.name)
+            if is_float(tensor.dtype) and not _apart(graph, tensor, batch, carries):
+                return False
+    return True
 
 
 def captured(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) -> list[Tensor]:
@@ -103,19 +113,19 @@ def captured(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) ->
 def _can_share(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node], batch: str) -> bool:
     """Whether one reference serves all samples: what it meets from outside is free of the batch."""
     outside = captured(graph, sources, region)
-    return keeps_batch_apart(graph, region, batch) and all(
+    return keeps_batch_apart(graph, sources, region, batch) and all(
         fully_known(graph, t) and batch not in (graph.shape(t) or ()) for t in outside
     )
 
 
-def _one_batch_axis(graph: Graph, tensor: Tensor, batch: str) -> bool:
+def _apart(graph: Graph, tensor: Tensor, batch: str, carries: bool) -> bool:
     shape = graph.shape(tensor)
     if shape is None:
         return False
     if shape and shape[0] == batch:
         # Unknown dimensions behind a leading batch axis cannot hold the batch once more.
         return shape.count(batch) == 1
-    return shape.count(batch) <= 1 and fully_known(graph, tensor)
+    return shape.count(batch) == int(carries) and fully_known(graph, tensor)
 
 
 def fully_known(graph: Graph, tensor: Tensor) -> bool:

@@ -341,9 +341,7 @@ def test_run_arrays(compiled: Path) -> None:
     as_is = succeeds("run", compiled, "--input", "image=scaled.npy", "--json")
     one, other = json.loads(by_preset)["samples"], json.loads(as_is)["samples"]
     assert sum(s["predicted"]["class"] == i % 10 for i, s in enumerate(one)) > 10
-    np.testing.assert_allclose(
-        [s["score"] for s in one], [s["score"] for s in other], rtol=1e-4
-    )
+    np.testing.assert_allclose([s["score"] for s in one], [s["score"] for s in other], rtol=1e-4)
     result = call("run", compiled, "--input", "scaled.npy", "--plot", "grid.pdf")
     assert "… and 2 more" in result.stdout
     assert "shows 8 of 12" in result.stderr
@@ -489,7 +487,12 @@ def test_run_tells_of_zero_attribution(tmp_path: Path) -> None:
 
 def test_inspect(small: Path) -> None:
     text = succeeds("inspect", small)
-    for part in ("ai.onnx 17", "probs float32 [N, 2]", "--output logits", "Compilable for deeplift"):
+    for part in (
+        "ai.onnx 17",
+        "probs float32 [N, 2]",
+        "--output logits",
+        "Compilable for deeplift",
+    ):
         assert part in text
     report = json.loads(succeeds("inspect", small, "--json"))
     assert report["compilable"] is True

@@ -43,6 +43,21 @@ SPELLINGS = {
         "s = Softplus(x) g = Greater(x, twenty) y = Where(g, x, s)",
     ),
     "mish": ("y = Mish(x)", "s = Softplus(x) t = Tanh(s) y = Mul(x, t)"),
+    "softplus-log": ("y = Softplus(x)", "e = Exp(x) a = Add(e, one) y = Log(a)"),
+    "sigmoid": (
+        "y = Sigmoid(x)",
+        "n = Neg(x) e = Exp(n) a = Add(e, one) y = Reciprocal(a)",
+    ),
+    "sigmoid-div": ("y = Sigmoid(x)", "n = Neg(x) e = Exp(n) a = Add(e, one) y = Div(one, a)"),
+    "tanh": (
+        "y = Tanh(x)",
+        """a = Mul(x, two) e = Exp(a) b = Sub(e, one) c = Add(e, one) y = Div(b, c)""",
+    ),
+    "silu": (
+        "s = Sigmoid(x) y = Mul(x, s)",
+        "n = Neg(x) e = Exp(n) a = Add(one, e) y = Div(x, a)",
+    ),
+    "softsign": ("y = Softsign(x)", "a = Abs(x) b = Add(a, one) y = Div(x, b)"),
     "square": ("y = Pow(x, two)", "y = Mul(x, x)"),
     "softmax": (
         "y = Softmax(x)",

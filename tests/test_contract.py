@@ -287,6 +287,21 @@ def test_several_inputs_share_the_difference(rng: np.random.Generator) -> None:
     close(result["a_attribution"].sum(1), change[:, 2], 1e-5)
 
 
+@pytest.mark.parametrize("method", ["deeplift", "integrated-gradients"])
+def test_outputs_that_sum_over_the_batch(rng: np.random.Generator, method: str) -> None:
+    """One reference cannot stand for N samples that are added up."""
+    source = text(
+        "g (float[N, 4] x) => (float[1, 4] y) <int64[1] a = {0}> { s = ReduceSum(x, a) y = Exp(s) }"
+    )
+    x, base = (rng.standard_normal((n, 4)).astype(np.float32) for n in (3, 1))
+    result = run(
+        onnx_attrib.compile(source, method, baseline="input", target="seed"),
+        {"x": x, "x_baseline": base, "seed": np.ones((1, 4), np.float32)},
+    )
+    change = np.exp(x.sum(0)) - np.exp(3 * base[0])
+    close(result["x_attribution"].sum(0), change, 1e-4)
+
+
 # -- layers, embeddings ----------------------------------------------------------------------------
 
 

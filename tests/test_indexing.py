@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,11 +98,11 @@ def check(case: Case, form: str) -> None:
         check_conservation(model, (point, shared), inputs=inputs)
 
 
-def each(cases: list[Case]) -> Iterator[object]:
+def each(cases: list[Case]) -> list[object]:
     """A parameter for every case in each of its forms."""
-    for case in cases:
-        for form in case.forms:
-            yield pytest.param(case, form, id=f"{case.name}-{form}")
+    return [
+        pytest.param(case, form, id=f"{case.name}-{form}") for case in cases for form in case.forms
+    ]
 
 
 def ints(*values: int) -> Array:

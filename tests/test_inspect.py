@@ -61,7 +61,9 @@ def test_cnn() -> None:
     ],
 )
 def test_behind_softmax(nodes: str, operator: str | None, before: str | None) -> None:
-    body = f"g (float[N, 3] x) => (float[N, 3] y) <int64[1] axes = {{1}}> {{ z = Mul (x, x) {nodes} }}"
+    body = (
+        f"g (float[N, 3] x) => (float[N, 3] y) <int64[1] axes = {{1}}> {{ z = Mul (x, x) {nodes} }}"
+    )
     graph = normalize(parsed(body))
     squashed = behind_softmax(graph.outputs[0])
     if operator is None:
@@ -80,9 +82,7 @@ def test_clusters_count_once() -> None:
         )
     )
     assert [(n.operator, n.rule) for n in report.nonlinearities] == [("Sigmoid+Mul", "cluster")]
-    assert [(layer.name, layer.made_by) for layer in report.layers] == [
-        ("h", "MatMul+activation")
-    ]
+    assert [(layer.name, layer.made_by) for layer in report.layers] == [("h", "MatMul+activation")]
 
 
 def test_products_are_nonlinear_only_in_variables() -> None:

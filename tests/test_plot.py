@@ -60,7 +60,9 @@ def test_channels_are_summed() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 11])
 def test_grids(count: int, tmp_path: Path) -> None:
-    panels = [panel_of(RNG.normal(size=(1, 6, 6)), pixels=np.zeros((6, 6, 1))) for _ in range(count)]
+    panels = [
+        panel_of(RNG.normal(size=(1, 6, 6)), pixels=np.zeros((6, 6, 1))) for _ in range(count)
+    ]
     figure = draw(panels)
     hearts = [ax for part in figure.subfigs for ax in part.axes if ax.images]
     assert len(hearts) == 2 * min(count, plot.MOST)
@@ -91,7 +93,10 @@ def test_degenerate_values(value: float, tmp_path: Path) -> None:
 def test_sizes_differ(tmp_path: Path) -> None:
     # A coarse layer over a large picture, with text that could be taken for a formula.
     panel = panel_of(
-        RNG.normal(size=(16, 7, 7)), pixels=np.zeros((224, 224, 3), np.uint8), title="a $x_1", inner=True
+        RNG.normal(size=(16, 7, 7)),
+        pixels=np.zeros((224, 224, 3), np.uint8),
+        title="a $x_1",
+        inner=True,
     )
     save(draw([panel], "h $y"), tmp_path / "coarse.svg")
 

@@ -83,15 +83,19 @@ def test_sources(kind: str, tmp_path: Path) -> None:
 
 
 def test_weights_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = compiled()
-    onnx.save_model(
-        model, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0
-    )
-    np.testing.assert_allclose(Explainer(tmp_path / "m.onnx")(X, target=0).outputs["y"], X @ W)
+    model = onnx_attrib.compile(MODELS / "mnist_mlp.onnx", method="gradient")
+    x = np.zeros((1, 1, 28, 28))
+    expected = Explainer(model)(x).attributions["image"]
     # As if the model were past protobuf's limit.
     monkeypatch.setattr("onnx_attrib.runtime.PROTOBUF_LIMIT", 10)
     monkeypatch.setattr("onnx_attrib.model_io.PROTOBUF_LIMIT", 10)
-    np.testing.assert_allclose(Explainer(model)(X, target=0).outputs["y"], X @ W)
+    path = tmp_path / "m.onnx"
+    assert [p.name for p in save(model, path)] == ["m.onnx.data", "m.onnx"]
+    for source in (path, model):
+        np.testing.assert_array_equal(Explainer(source)(x).attributions["image"], expected)
+    (tmp_path / "m.onnx.data").unlink()
+    with pytest.raises(ModelError, match="ONNX Runtime cannot load"):
+        Explainer(path)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "uint8", "int64", "bool"])

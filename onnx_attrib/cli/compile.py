@@ -136,7 +136,6 @@ def _destination(model: Path, out: Path | None, method: str) -> Path:
     return destination
 
 
-
 def _report(
     job: Job, model: Path, files: list[Path], notes: list[str], seconds: float
 ) -> dict[str, Any]:
@@ -173,7 +172,10 @@ def _summary(job: Job, files: list[Path], notes: list[str], seconds: float) -> s
     graph, request = job.graph, job.request
     size = show_bytes(sum(path.stat().st_size for path in files))
     described = [
-        ("method", " ".join([request.method.name, *(f"{k}={v}" for k, v in request.options.items())])),
+        (
+            "method",
+            " ".join([request.method.name, *(f"{k}={v}" for k, v in request.options.items())]),
+        ),
         ("explains", f"{_named(job.scope.output)}, {_target(job)}"),
         ("attributes", ", ".join(_named(tensor) for tensor in job.scope.inputs)),
         ("inputs", ", ".join(_named(tensor) for tensor in graph.inputs)),

@@ -74,7 +74,9 @@ Arrays are fed as they are unless one of these options is given.
     metavar="NUMBER|[NAME=]FILE",
     help="The reference, for models compiled with --baseline input.",
 )
-@click.option("--seed", metavar="FILE", help="Weights .npy, for models compiled with --target seed.")
+@click.option(
+    "--seed", metavar="FILE", help="Weights .npy, for models compiled with --target seed."
+)
 @click.option(
     "--labels",
     type=click.Path(path_type=Path),

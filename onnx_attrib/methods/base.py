@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from onnx_attrib.errors import OptionError, suggest
 from onnx_attrib.ir import Emitter, Tensor
@@ -95,7 +95,8 @@ class Method:
     is reported, from multiplier, value and reference (None without one). ``needs_reference``:
     the attribution uses x̄. ``compares``: rules compare the model's values at x and x̄.
     ``complete``: attributions sum to S(x) − S(x̄). ``path(options)``: evaluate multipliers at
-    several points and average. ``clusters``: single-variable regions count as one nonlinearity.
+    several points and average. ``clusters``: what counts as one nonlinearity: each operator, single-
+    variable ``regions`` where paths meet again, or also ``chains`` of nonlinearities.
     ``signed``: attributions can be negative.
     """
 
@@ -109,7 +110,7 @@ class Method:
     needs_reference: bool = False
     compares: bool = False
     complete: bool = False
-    clusters: bool = False
+    clusters: Literal["", "regions", "chains"] = ""
     signed: bool = True
     path: Callable[[Options], Path] | None = None
 

@@ -135,5 +135,5 @@ deeplift = Method(
     needs_reference=True,
     compares=True,
     complete=True,
-    clusters=True,
+    clusters="regions",
 )

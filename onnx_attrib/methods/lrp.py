@@ -66,5 +66,5 @@ epsilon_lrp = Method(
     table=_table,
     attribution=lambda op, m, x, reference: op.Mul(m, x),
     options=(Option("epsilon", 1e-4, "stabiliser of the denominator", minimum=0.0),),
-    clusters=True,
+    clusters="chains",
 )

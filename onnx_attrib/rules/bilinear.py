@@ -7,7 +7,8 @@ at x) and differences (values at the midpoint). Sums are here too: they are the 
 from __future__ import annotations
 
 from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Bilinear, Composite, Linear, Site, add, only
+from onnx_attrib.rules.base import Bilinear, Composite, Elementwise, Linear, Site, add, only
+from onnx_attrib.rules.elementwise import ref
 
 # -- sums ------------------------------------------------------------------------------------------
 
@@ -51,6 +52,17 @@ def divide_pull(s: Site, i: int) -> Tensor:
 
 add(
     Linear(op="Div", pull=divide_pull, covers=only(0), broadcasts=True, lazy=True),
+)
+add(
+    Elementwise(
+        op="Div",
+        derivative=lambda s: s.op.Neg(s.op.Div(s.y, s.x(1))),
+        # (c/z − c/z̄)/Δz = −c/(z·z̄)
+        secant=lambda s: s.op.Neg(s.op.Div(s.y, ref(s).x(1))),
+        operand=1,
+        covers=only(1),
+        broadcasts=True,
+    )
 )
 add(
     Composite(
