@@ -26,7 +26,7 @@ LARGEST = 4096
 
 @dataclass(frozen=True)
 class Scaling:
-    """value = (pixel · ``scale`` − ``mean``) / ``std``; one mean and std for all channels, or each."""
+    """value = (pixel · ``scale`` − ``mean``) / ``std``, with one mean and std, or one a channel."""
 
     scale: float = 1.0
     mean: tuple[float, ...] = (0.0,)

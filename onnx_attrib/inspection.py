@@ -81,7 +81,7 @@ class Nonlinearity:
 
 @dataclass(frozen=True)
 class Layer:
-    """An inner float tensor that is suited for attribution; ``made_by``: the operators behind it."""
+    """An inner float tensor suited for attribution; ``made_by``: the operators before it."""
 
     name: str
     made_by: str

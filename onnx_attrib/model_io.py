@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import TypeAlias
 
 import onnx
 from google.protobuf.message import DecodeError, Message
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from onnx_attrib.errors import ModelError
 
 PROTOBUF_LIMIT = 2**31 - 1
 """A protobuf message cannot be written past 2 GiB; weights then go beside the file."""
 _MARGIN = 2**24
+_SMALL, _PAGE = 1024, 4096
 _DATA_TYPES = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto
@@ -85,8 +87,56 @@ def _damage(message: Message) -> str | None:
     return None
 
 
+def is_large(model: ModelProto) -> bool:
+    """Whether a model is too large for one protobuf message."""
+    # ByteSize() writes the whole model out to count; weights alone tell in most cases.
+    weights = sum(_bytes_of(tensor) for tensor in model.graph.initializer)
+    return weights + _MARGIN >= PROTOBUF_LIMIT or model.ByteSize() + _MARGIN >= PROTOBUF_LIMIT
+
+
+def _bytes_of(tensor: TensorProto) -> int:
+    if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED):
+        return 0
+    size: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.prod(tensor.dims) * size
+
+
+def _weights_apart(model: ModelProto, data: Path) -> ModelProto:
+    """A copy of ``model`` that reads its large weights from the file ``data``, which is written.
+
+    onnx.save_model would move the weights out of the caller's model.
+    """
+    slim = ModelProto()
+    for part, whole in ((slim, model), (slim.graph, model.graph)):
+        for field, value in whole.ListFields():
+            if field.name in ("graph", "initializer"):
+                continue
+            if field.message_type is None:
+                setattr(part, field.name, value)
+            else:
+                getattr(part, field.name).extend(value)
+    with data.open("wb") as file:
+        for tensor in model.graph.initializer:
+            kept = slim.graph.initializer.add()
+            if tensor.data_type == TensorProto.STRING or _bytes_of(tensor) < _SMALL:
+                kept.CopyFrom(tensor)
+                continue
+            kept.name, kept.data_type = tensor.name, tensor.data_type
+            kept.doc_string = tensor.doc_string
+            kept.dims.extend(tensor.dims)
+            kept.data_location = TensorProto.EXTERNAL
+            content = tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
+            # Pages can be mapped into memory where tensors start on them.
+            file.write(bytes(-file.tell() % _PAGE))
+            place = {"location": data.name, "offset": file.tell(), "length": len(content)}
+            for key, value in place.items():
+                kept.external_data.add(key=key, value=str(value))
+            file.write(content)
+    return slim
+
+
 def _digest_of_model(model: ModelProto) -> str:
-    if model.ByteSize() < PROTOBUF_LIMIT:
+    if not is_large(model):
         return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
     digest = hashlib.sha256()
     for part in (*model.graph.node, *model.graph.initializer):
@@ -104,13 +154,12 @@ def save(model: ModelProto, path: str | os.PathLike[str]) -> list[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             temporary, names = Path(folder) / path.name, [path.name]
-            if model.ByteSize() + _MARGIN < PROTOBUF_LIMIT:
+            if not is_large(model):
                 temporary.write_bytes(model.SerializeToString())
             else:
                 names.insert(0, f"{path.name}.data")
-                onnx.save_model(
-                    model, str(temporary), save_as_external_data=True, location=names[0]
-                )
+                slim = _weights_apart(model, Path(folder) / names[0])
+                temporary.write_bytes(slim.SerializeToString())
             for name in names:
                 os.replace(Path(folder) / name, path.parent / name)
             return [path.parent / name for name in names]

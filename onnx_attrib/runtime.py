@@ -26,7 +26,7 @@ from onnx_attrib.errors import (
     RuntimeMissingError,
     suggest,
 )
-from onnx_attrib.model_io import PROTOBUF_LIMIT, Source, save
+from onnx_attrib.model_io import Source, is_large, save
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, npt.ArrayLike]
@@ -480,7 +480,7 @@ class Explainer:
             return
         if seed is None:
             raise OptionError(
-                f"the model takes a seed of the shape of output '{self.output}' (S = Σ seed · output)"
+                f"the model takes a seed, S = Σ seed · output, of the shape of '{self.output}'"
             )
         assert self._chooser is not None
         array = fit(self._chooser, seed)
@@ -677,7 +677,7 @@ def _session(ort: ModuleType, model: Source, providers: list[Any], name: str) ->
         source: str | bytes = os.fspath(model)
     elif isinstance(model, bytes):
         source = model
-    elif model.ByteSize() < PROTOBUF_LIMIT:
+    elif not is_large(model):
         source = model.SerializeToString()
     else:
         # Past a protobuf message's limit ONNX Runtime reads files only.

@@ -62,7 +62,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """Run in a folder of its own; no temporary file may be left there."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    assert not [path for path in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.fixture(scope="session")

@@ -87,10 +87,10 @@ def test_weights_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     x = np.zeros((1, 1, 28, 28))
     expected = Explainer(model)(x).attributions["image"]
     # As if the model were past protobuf's limit.
-    monkeypatch.setattr("onnx_attrib.runtime.PROTOBUF_LIMIT", 10)
     monkeypatch.setattr("onnx_attrib.model_io.PROTOBUF_LIMIT", 10)
     path = tmp_path / "m.onnx"
     assert [p.name for p in save(model, path)] == ["m.onnx.data", "m.onnx"]
+    onnx.checker.check_model(path, full_check=True)
     for source in (path, model):
         np.testing.assert_array_equal(Explainer(source)(x).attributions["image"], expected)
     (tmp_path / "m.onnx.data").unlink()

@@ -477,8 +477,8 @@ class Report:
                 found.append(f"the attribution of '{name}' has entries that are not finite")
             elif a.size and not a.any():
                 found.append(
-                    f"the attribution of '{name}' is zero everywhere: at this input the output does "
-                    "not react to it"
+                    f"the attribution of '{name}' is zero everywhere: at this input the output "
+                    "does not react to it"
                 )
         return found
 

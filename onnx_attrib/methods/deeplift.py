@@ -13,8 +13,6 @@ pooling open. Captum, SHAP and the original library pass plain gradients there, 
 to the difference on gated, normalised or pooled networks.
 """
 
-import numpy as np
-
 from onnx_attrib.ir import Tensor
 from onnx_attrib.methods.base import (
     Method,
@@ -63,9 +61,8 @@ def secant(site: Site, rule: Elementwise) -> Tensor:
     if rule.piecewise:
         return op.Where(op.Equal(step, 0.0), slope, quotient)
     slope = site.midpoint(slope, numeric(site, rule.derivative(reference)))
-    tolerance = float(np.cbrt(np.finfo(site.graph.dtype(step)).eps))
     # "Not greater" also catches the NaN of two equal infinities (masked logits).
-    far = op.Greater(op.Abs(step), tolerance)
+    far = op.Greater(op.Abs(step), site.tolerance(step))
     return op.Where(far, quotient, slope)
 
 

@@ -1,11 +1,20 @@
-"""Operators through which no derivative flows: integers, truth values, shapes, rounding."""
+"""Operators through which no derivative flows.
+
+Integers, truth values, shapes, rounding, text, random numbers, and choices of entries. Quantized
+integers too: what passes them straight through is found before the rules are asked
+(``passes/quantized.py``).
+"""
 
 from onnx_attrib.rules.base import Barrier, add
 
 NAMES = """
-And ArgMax ArgMin BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil ConstantOfShape Equal
-EyeLike Floor Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not OneHot Or Range Round
-Shape Sign Size Xor
+And ArgMax ArgMin Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow Ceil
+ConstantOfShape ConvInteger Equal EyeLike Floor Greater GreaterOrEqual HammingWindow HannWindow
+Hardmax ImageDecoder IsInf IsNaN Less LessOrEqual MatMulInteger MelWeightMatrix Multinomial
+NonMaxSuppression NonZero Not OneHot OptionalHasElement Or QLinearConv QLinearMatMul QuantizeLinear
+RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range RegexFullMatch Round
+SequenceEmpty SequenceLength Shape Sign Size StringConcat StringNormalizer StringSplit
+TfIdfVectorizer Unique Xor
 """
 
 for name in NAMES.split():

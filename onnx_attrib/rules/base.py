@@ -95,6 +95,11 @@ class Site:
     def midpoint(self, a: Tensor, b: Tensor) -> Tensor:
         return self.op.Mul(self.op.Add(a, b), 0.5)
 
+    def tolerance(self, tensor: Tensor) -> float:
+        """The step below which a difference quotient is all rounding: the cube root of epsilon."""
+        dtype = self.graph.dtype(tensor)
+        return float(np.cbrt(2.0**-7 if dtype.name == "bfloat16" else np.finfo(dtype).eps))
+
     # -- shapes: constants where known, run-time arithmetic where not ------------------------
 
     def shape_of(self, tensor: Tensor) -> Tensor:

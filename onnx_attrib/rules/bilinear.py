@@ -122,9 +122,7 @@ def gemm_pull(s: Site, i: int) -> Tensor:
         left, right, turned = s.x(0), m, (int(not a_turned), 0)
         if b_turned:
             left, right, turned = m, s.x(0), (1, int(a_turned))
-    return op.Gemm(
-        left, right, alpha=alpha, transA=turned[0], transB=turned[1]
-    )
+    return op.Gemm(left, right, alpha=alpha, transA=turned[0], transB=turned[1])
 
 
 add(Bilinear(op="Gemm", pull=gemm_pull, broadcasts=True))

@@ -13,7 +13,6 @@ import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add, only
-from onnx_attrib.rules.elementwise import ref
 
 # -- softmax ---------------------------------------------------------------------------------------
 
@@ -54,68 +53,6 @@ add(
     )
 )
 
-
-def reduced_axes(s: Site) -> Tensor | None:
-    """The axes a reduction sums over, as its second input; None for all of them."""
-    if s.optional(1) is None and s.attr("noop_with_empty_axes"):
-        raise Unsupported("noop_with_empty_axes without axes")
-    return s.optional(1)
-
-
-def kept(s: Site, tensor: Tensor) -> Tensor:
-    """A reduced tensor with its reduced axes back as size 1."""
-    if s.attr("keepdims"):
-        return tensor
-    axes = reduced_axes(s)
-    if axes is None:
-        axes = s.graph.constant(np.arange(s.rank(s.x())), np.int64)
-    result: Tensor = s.op.Unsqueeze(tensor, axes)
-    return result
-
-
-def log_sum_exp_pull(s: Site, i: int) -> Tensor:
-    """Forward form y = log Σ e^z. Backward returns m · e^(z − y)."""
-    op = s.op
-    result: Tensor = op.Mul(kept(s, s.m), op.Exp(op.Sub(s.x(), kept(s, s.y))))
-    return result
-
-
-def log_sum_exp_difference(s: Site, i: int) -> Tensor:
-    """Forward form y = log Σ e^z. Backward returns m · w with Σ w · Δz = Δy.
-
-    With one shift for both points, e = e^(z − shift) and s = Σ e: w is the secant of the
-    exponential, Δe/Δz, times that of the logarithm, Δy/Δs. The sums of both points cannot
-    underflow together, and y itself is computed with a shift of its own.
-    """
-    op, z, base = s.op, s.x(), ref(s).x()
-    axes, tolerance = reduced_axes(s), float(np.cbrt(np.finfo(s.graph.dtype(z)).eps))
-    shift = op.Max(op.ReduceMax(z, axes, keepdims=1), op.ReduceMax(base, axes, keepdims=1))
-    e, e_base = op.Exp(op.Sub(z, shift)), op.Exp(op.Sub(base, shift))
-    step = op.Sub(z, base)
-    rise = op.Where(
-        op.Greater(op.Abs(step), tolerance), op.Div(op.Sub(e, e_base), step), s.midpoint(e, e_base)
-    )
-    total, total_base = op.ReduceSum(e, axes, keepdims=1), op.ReduceSum(e_base, axes, keepdims=1)
-    change, both = op.Sub(total, total_base), op.Add(total, total_base)
-    far = op.Greater(op.Abs(change), op.Mul(both, tolerance))
-    change_y = op.Sub(kept(s, s.y), kept(s, ref(s).y))
-    slope = op.Where(far, op.Div(change_y, change), op.Mul(op.Reciprocal(both), 2.0))
-    result: Tensor = op.Mul(op.Mul(kept(s, s.m), slope), rise)
-    return result
-
-
-add(
-    Composite(
-        op="ReduceLogSumExp",
-        pull=log_sum_exp_pull,
-        difference=log_sum_exp_difference,
-        decompose=lambda s: [
-            s.op.Log(s.op.ReduceSum(s.op.Exp(s.x()), reduced_axes(s), keepdims=s.attr("keepdims")))
-        ],
-        blocked=frozenset({1}),
-        distribution=True,
-    )
-)
 
 # -- normalisations --------------------------------------------------------------------------------
 

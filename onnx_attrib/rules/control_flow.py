@@ -363,7 +363,7 @@ class Reverse:
             copied = axis == 0 and self._origin(self.steps.body.output[o].name) == name
             if copied and given is not None and given.name and _belongs(given, side):
                 return Track(formal, given, 0, not backward)
-        return Track(formal, self.graph.emit_steps(_producer(side), name, formal), 0, True)
+        return Track(formal, self.graph.emit_steps(producer(side), name, formal), 0, True)
 
     def _origin(self, name: str) -> str:
         """The tensor in the body that ``name`` is a copy of."""
@@ -444,14 +444,14 @@ def _if_any(
     return tensors
 
 
-def _producer(side: Site) -> Node:
+def producer(side: Site) -> Node:
     """The node that computed the site's outputs there."""
     return next(t for t in side.outputs if t.name).inputs[0]
 
 
 def _belongs(given: Tensor, side: Site) -> bool:
     """Whether an output has its value from this side, not from the node as the model has it."""
-    return not given.inputs or given.inputs[0] is not side.node or _producer(side) is side.node
+    return not given.inputs or given.inputs[0] is not side.node or producer(side) is side.node
 
 
 def _at(tensors: Sequence[Tensor | None], i: int) -> Tensor | None:

@@ -83,6 +83,31 @@ row("Sin", lambda s: s.op.Cos(s.x()))
 row("Cos", lambda s: s.op.Neg(s.op.Sin(s.x())))
 
 
+row("Tan", lambda s: s.op.Add(s.op.Mul(s.y, s.y), 1.0))
+row("Sinh", lambda s: s.op.Cosh(s.x()))
+row("Cosh", lambda s: s.op.Sinh(s.x()))
+
+
+def inverse_slope(sign: int, constant: int, root: bool = True, factor: int = 1) -> Slope:
+    """Slope of an inverse function: ``factor`` / (``sign`` · z² + ``constant``), or its root."""
+
+    def slope(s: Site) -> Tensor:
+        square = s.op.Mul(s.x(), s.x())
+        inner = s.op.Add(square if sign > 0 else s.op.Neg(square), float(constant))
+        result = s.op.Reciprocal(s.op.Sqrt(inner) if root else inner)
+        return result if factor > 0 else s.op.Neg(result)
+
+    return slope
+
+
+row("Asin", inverse_slope(-1, 1))
+row("Acos", inverse_slope(-1, 1, factor=-1))
+row("Atan", inverse_slope(1, 1, root=False))
+row("Asinh", inverse_slope(1, 1))
+row("Acosh", inverse_slope(1, -1))
+row("Atanh", inverse_slope(-1, 1, root=False))
+
+
 def exponent(s: Site) -> float | None:
     """The exponent of a Pow, if it is one constant."""
     value = s.value(1)
@@ -173,6 +198,9 @@ row(
     exponential_unit(lambda s: s.attr("alpha"), lambda s: s.attr("gamma")),
     relu_like=True,
 )
+
+
+row("Shrink", lambda s: s.op.Greater(s.op.Abs(s.x()), s.attr("lambd")), piecewise=True)
 
 
 def celu_slope(s: Site) -> Tensor:
@@ -282,5 +310,48 @@ add(
         decompose=lambda s: [
             s.op.Add(s.op.Relu(s.x()), s.op.Mul(s.x(1), s.op.Min(s.x(), number(s, 0))))
         ],
+    )
+)
+
+
+# -- remainders ------------------------------------------------------------------------------------
+
+
+def remainder_slope(s: Site) -> Tensor:
+    """With y = a − n · b for a whole n: −n = (y − a) / b."""
+    return s.op.Div(s.op.Sub(s.y, s.x(0)), s.x(1))
+
+
+def remainder_pull(s: Site, i: int) -> Tensor:
+    """Forward form y = a − n · b. Backward returns m and −n · m."""
+    return s.m if i == 0 else s.op.Mul(s.m, remainder_slope(s))
+
+
+def remainder_difference(s: Site, i: int) -> Tensor:
+    """Forward form y = a − n · b. Backward returns m · Δy/Δ, first a moving and then b."""
+    op, base, whole = s.op, ref(s), s.attr("fmod")
+    between = op.Mod(base.x(0), s.x(1), fmod=whole)
+    change = op.Sub(s.y, between) if i == 0 else op.Sub(between, base.y)
+    step = op.Sub(s.x(i), base.x(i))
+    slope = number(s, 1) if i == 0 else remainder_slope(s)
+    return op.Mul(s.m, op.Where(op.Equal(step, 0.0), slope, op.Div(change, step)))
+
+
+def remainder_definition(s: Site) -> Sequence[Tensor]:
+    """a − b · trunc(a / b)."""
+    op, quotient = s.op, s.op.Div(s.x(0), s.x(1))
+    whole = op.Mul(op.Sign(quotient), op.Floor(op.Abs(quotient)))
+    return [op.Sub(s.x(0), op.Mul(s.x(1), whole))]
+
+
+row("Mod", lambda s: s.op.Equal(s.y, s.y), piecewise=True, broadcasts=True)
+row("Mod", remainder_slope, operand=1, piecewise=True, broadcasts=True)
+add(
+    Composite(
+        op="Mod",
+        pull=remainder_pull,
+        difference=remainder_difference,
+        decompose=remainder_definition,
+        broadcasts=True,
     )
 )

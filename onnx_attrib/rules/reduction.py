@@ -12,6 +12,7 @@ import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add
+from onnx_attrib.rules.elementwise import ref
 from onnx_attrib.rules.indexing import sizes
 from onnx_attrib.rules.shape import DATA_ONLY
 
@@ -139,3 +140,46 @@ for name, definition in {
     add(Composite(op=name, decompose=definition, blocked=DATA_ONLY))
 add(Composite(op="ReduceL2", decompose=norm_definition, pull=norm_pull, blocked=DATA_ONLY))
 add(Composite(op="ReduceProd", decompose=product_definition, pull=product_pull, blocked=DATA_ONLY))
+
+
+# -- log-sum-exp: a smooth maximum ---------------------------------------------------------------
+
+
+def log_sum_exp_pull(s: Site, i: int) -> Tensor:
+    """Forward form y = log Σ e^z. Backward returns m · e^(z − y)."""
+    return s.op.Mul(kept(s, s.m), s.op.Exp(s.op.Sub(s.x(), kept(s, s.y))))
+
+
+def log_sum_exp_difference(s: Site, i: int) -> Tensor:
+    """Forward form y = log Σ e^z. Backward returns m · w with Σ w · Δz = Δy.
+
+    With one shift for both points, e = e^(z − shift) and s = Σ e: w is the secant of the
+    exponential, Δe/Δz, times that of the logarithm, Δy/Δs. The sums of both points cannot
+    underflow together, and y itself is computed with a shift of its own.
+    """
+    op, z, base = s.op, s.x(), ref(s).x()
+    axes, tolerance = s.optional(1), s.tolerance(z)
+    shift = op.Max(op.ReduceMax(z, axes, keepdims=1), op.ReduceMax(base, axes, keepdims=1))
+    e, e_base = op.Exp(op.Sub(z, shift)), op.Exp(op.Sub(base, shift))
+    step = op.Sub(z, base)
+    rise = op.Where(
+        op.Greater(op.Abs(step), tolerance), op.Div(op.Sub(e, e_base), step), s.midpoint(e, e_base)
+    )
+    sum_here, sum_base = op.ReduceSum(e, axes, keepdims=1), op.ReduceSum(e_base, axes, keepdims=1)
+    change, both = op.Sub(sum_here, sum_base), op.Add(sum_here, sum_base)
+    far = op.Greater(op.Abs(change), op.Mul(both, tolerance))
+    change_y = op.Sub(kept(s, s.y), kept(s, ref(s).y))
+    slope = op.Where(far, op.Div(change_y, change), op.Mul(op.Reciprocal(both), 2.0))
+    return op.Mul(op.Mul(kept(s, s.m), slope), rise)
+
+
+add(
+    Composite(
+        op="ReduceLogSumExp",
+        pull=log_sum_exp_pull,
+        difference=log_sum_exp_difference,
+        decompose=lambda s: [s.op.Log(total(s, s.op.Exp(s.x())))],
+        blocked=DATA_ONLY,
+        distribution=True,
+    )
+)

@@ -1,0 +1,82 @@
+"""Numbers that were rounded to integers and back.
+
+``QuantizeLinear`` followed by ``DequantizeLinear`` is a staircase. Its derivative is taken straight
+through: one between the smallest and the largest number that the integers can stand for, zero
+beyond. ``passes/quantized.py`` finds such pairs and writes them as one operator, StraightThrough:
+DequantizeLinear with one more input, the number that was quantized. It never leaves the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from ml_dtypes import iinfo
+
+from onnx_attrib.ir import Tensor
+from onnx_attrib.rules.base import Composite, Elementwise, Site, Unsupported, add
+
+DOMAIN = "onnx_attrib"
+STRAIGHT_THROUGH = "StraightThrough"
+QUANTIZED, SCALE, ZERO_POINT, SOURCE = range(4)
+"""Inputs of StraightThrough."""
+
+
+def inside(s: Site) -> Tensor:
+    """Where the number is not beyond the last integer."""
+    op, q, x = s.op, s.x(QUANTIZED), s.x(SOURCE)
+    limits = iinfo(s.graph.dtype(q))
+    wide = op.Cast(q, to=np.dtype(np.int32))
+    low, high = (op.Equal(wide, np.array(v, np.int32)) for v in (limits.min, limits.max))
+    below, above = op.And(low, op.Less(x, s.y)), op.And(high, op.Greater(x, s.y))
+    return op.Not(op.Or(below, above))
+
+
+def dequantized(s: Site) -> Sequence[Tensor]:
+    """(q − zero point) · scale."""
+    op, q, scale = s.op, s.x(QUANTIZED), s.x(SCALE)
+    dtype = s.graph.dtype(scale)
+    y = op.Cast(q, to=dtype)
+    if s.optional(ZERO_POINT) is not None:
+        y = op.Sub(y, spread(s, op.Cast(s.x(ZERO_POINT), to=dtype)))
+    return [op.Mul(y, spread(s, scale))]
+
+
+def spread(s: Site, parameter: Tensor) -> Tensor:
+    """A scale or zero point, to meet the tensor: one for all, for each index, or for a block."""
+    op, q = s.op, s.x(QUANTIZED)
+    if s.rank(parameter) == 0 or s.shape(parameter) == (1,):
+        return parameter
+    rank = s.rank(q)
+    axis = s.attr("axis") % rank
+    if s.rank(parameter) == 1:
+        result: Tensor = op.Reshape(parameter, [-1 if k == axis else 1 for k in range(rank)])
+        return result
+    size = s.attr("block_size")
+    if not size:
+        raise Unsupported("a scale of the tensor's rank, without block_size")
+    repeated = op.Expand(
+        op.Unsqueeze(parameter, [axis + 1]), [size if k == axis + 1 else 1 for k in range(rank + 1)]
+    )
+    joined = op.Reshape(repeated, [-1 if k == axis else 0 for k in range(axis + 1)] + [0] * 0)
+    return joined
+
+
+add(
+    Elementwise(
+        op=STRAIGHT_THROUGH,
+        domain=DOMAIN,
+        operand=SOURCE,
+        derivative=inside,
+        piecewise=True,
+        blocked=frozenset({QUANTIZED, SCALE, ZERO_POINT}),
+    )
+)
+# Of integers that are constants, or come from outside: linear in the scale.
+add(
+    Composite(
+        op="DequantizeLinear",
+        decompose=dequantized,
+        blocked=frozenset({QUANTIZED, ZERO_POINT}),
+    )
+)

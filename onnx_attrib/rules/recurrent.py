@@ -1,0 +1,433 @@
+"""RNN, GRU and LSTM, by their definition as a Scan over one cell.
+
+The model's own fast operator computes the forward pass. It gives the hidden state of every step,
+and from those everything inside the cells follows for all steps at once; only the cell state of an
+LSTM needs a small Scan of its own. The Scan of the definition is never run: it tells the sweep
+what to go back through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from onnx_attrib.ir import Tensor
+from onnx_attrib.rules.base import Site, Structured, Unsupported, Walker, add
+from onnx_attrib.rules.control_flow import live, producer
+from onnx_attrib.rules.scan import Carried, Stacked, Track, emit_scan
+
+X, W, R, B, LENGTHS, H0, C0, PEEPHOLES = range(8)
+
+Function = Callable[[Tensor], Tensor]
+
+
+# -- activations -----------------------------------------------------------------------------------
+
+_SINGLE = {
+    "relu": ("Relu", 0.0),
+    "tanh": ("Tanh", 0.0),
+    "sigmoid": ("Sigmoid", 0.0),
+    "softsign": ("Softsign", 0.0),
+    "softplus": ("Softplus", 0.0),
+}
+# Operator, default alpha, default beta (None: takes none).
+_PARAMETRIC: dict[str, tuple[str, float, float | None]] = {
+    "affine": ("", 1.0, 0.0),
+    "leakyrelu": ("LeakyRelu", 0.01, None),
+    "thresholdedrelu": ("ThresholdedRelu", 1.0, None),
+    "scaledtanh": ("", 1.0, 1.0),
+    "hardsigmoid": ("HardSigmoid", 0.2, 0.5),
+    "elu": ("Elu", 1.0, None),
+}
+
+
+def activations(s: Site, count: int, defaults: Sequence[str]) -> list[Function]:
+    """The activation functions, direction by direction, each after the clip of its input.
+
+    ``activation_alpha`` and ``activation_beta`` are used up in order by those that take them.
+    """
+    given = s.attr("activations")
+    names = [n.decode() if isinstance(n, bytes) else n for n in given or ()]
+    names = (names or list(defaults) * count)[: len(defaults) * count]
+    alphas = iter(s.attr("activation_alpha") or ())
+    betas = iter(s.attr("activation_beta") or ())
+    result = []
+    for name in names:
+        key = name.lower()
+        if key in _SINGLE:
+            result.append(partial(_activate, s, _SINGLE[key][0], {}))
+        elif key in _PARAMETRIC:
+            op, alpha, beta = _PARAMETRIC[key]
+            settings = {"alpha": float(next(alphas, alpha))}
+            if beta is not None:
+                settings["beta"] = float(next(betas, beta))
+            result.append(partial(_activate, s, op or key, settings))
+        else:
+            raise Unsupported(f"unknown activation '{name}'")
+    return result
+
+
+def _activate(s: Site, op: str, settings: Mapping[str, float], z: Tensor) -> Tensor:
+    if op == "affine":
+        return s.op.Add(s.op.Mul(z, settings["alpha"]), settings["beta"])
+    if op == "scaledtanh":
+        return s.op.Mul(s.op.Tanh(s.op.Mul(z, settings["beta"])), settings["alpha"])
+    result: Tensor = s.graph.emit(op, z, **settings)
+    return result
+
+
+# -- cells -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction of a recurrent node at one point.
+
+    ``inputs`` [T, N, gates · H]: what the inputs and biases add to the gates. ``recurrent`` [H,
+    gates · H], ``bias`` (of the recurrence, where it stays apart) and ``peepholes`` [3 · H].
+    ``states`` [N, H]: the initial ones. ``valid`` [T, N, 1]: which steps belong to a sequence.
+    """
+
+    backward: bool
+    functions: Sequence[Function]
+    inputs: Tensor
+    recurrent: Tensor
+    bias: Tensor | None
+    peepholes: Tensor | None
+    states: Sequence[Tensor]
+    valid: Tensor | None
+
+
+Cell = Callable[[Site, Direction, Tensor, Sequence[Tensor]], list[Tensor]]
+"""``cell(site, direction, inputs, states)``: the states after a step; the first is the output."""
+
+
+def clipped(s: Site, z: Tensor) -> Tensor:
+    """The input of an activation within ±``clip``."""
+    bound = s.attr("clip")
+    if not bound:
+        return z
+    limit = np.array(bound, s.graph.dtype(z))
+    result: Tensor = s.op.Clip(z, -limit, limit)
+    return result
+
+
+def split(s: Site, tensor: Tensor, parts: int) -> list[Tensor]:
+    """Equal parts along the last axis."""
+    if parts == 1:
+        return [tensor]
+    return list(s.op.Split(tensor, axis=-1, num_outputs=parts, outputs=parts))
+
+
+def rnn_cell(s: Site, d: Direction, inputs: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+    """h' = f(inputs + h · R)."""
+    (f,), (h,) = d.functions, states
+    return [f(clipped(s, s.op.Add(inputs, s.op.MatMul(h, d.recurrent))))]
+
+
+def gru_cell(s: Site, d: Direction, inputs: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+    """h' = (1 − z) · n + z · h, with the gates z and r, and n from r · h or from r · (h · R)."""
+    op, (f, g), (h,) = s.op, d.functions, states
+    size = hidden_size(s)
+    gates_in, new_in = op.Split(inputs, [2 * size, size], axis=-1, outputs=2)
+    to_gates, to_new = op.Split(d.recurrent, [2 * size, size], axis=-1, outputs=2)
+    gates = clipped(s, op.Add(gates_in, op.MatMul(h, to_gates)))
+    z, r = (f(gate) for gate in split(s, gates, 2))
+    if s.attr("linear_before_reset"):
+        held = op.MatMul(h, to_new)
+        new = op.Mul(r, held if d.bias is None else op.Add(held, d.bias))
+    else:
+        new = op.MatMul(op.Mul(r, h), to_new)
+    n = g(clipped(s, op.Add(new_in, new)))
+    return [op.Add(op.Mul(op.Sub(1.0, z), n), op.Mul(z, h))]
+
+
+def lstm_cell(s: Site, d: Direction, inputs: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+    """c' = f · c + i · g and h' = o · tanh(c'), with the gates i, o and f and the candidate g."""
+    op, (f, g, h), (hidden, cell) = s.op, d.functions, states
+    gates = split(s, op.Add(inputs, op.MatMul(hidden, d.recurrent)), 4)
+    look = [None] * 3 if d.peepholes is None else split(s, d.peepholes, 3)
+
+    def gate(z: Tensor, peephole: Tensor | None, seen: Tensor) -> Tensor:
+        peeked = z if peephole is None else op.Add(z, op.Mul(peephole, seen))
+        return f(clipped(s, peeked))
+
+    into = gate(gates[0], look[0], cell)
+    keep = op.Sub(1.0, into) if s.attr("input_forget") else gate(gates[2], look[2], cell)
+    after = op.Add(op.Mul(keep, cell), op.Mul(into, g(clipped(s, gates[3]))))
+    out = gate(gates[1], look[1], after)
+    return [op.Mul(out, h(after)), after]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What distinguishes the three operators."""
+
+    cell: Cell
+    gates: int
+    functions: tuple[str, ...]
+
+
+KINDS = {
+    "RNN": Kind(rnn_cell, 1, ("Tanh",)),
+    "GRU": Kind(gru_cell, 3, ("Sigmoid", "Tanh")),
+    "LSTM": Kind(lstm_cell, 4, ("Sigmoid", "Tanh", "Tanh")),
+}
+
+
+# -- what the operands say -------------------------------------------------------------------------
+
+
+def hidden_size(s: Site) -> int:
+    """H."""
+    shape = s.shape(s.x(R))
+    size = s.attr("hidden_size") or (shape[2] if shape is not None else None)
+    if not isinstance(size, int):
+        raise Unsupported("the hidden size is unknown")
+    return size
+
+
+def directions(s: Site) -> list[Direction]:
+    """Both directions, or the one there is, with what the inputs add to all their gates."""
+    which = s.attr("direction")
+    which = which.decode() if isinstance(which, bytes) else which
+    backward = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[which]
+    kind, count = KINDS[s.node.op], len(backward)
+    functions = activations(s, count, kind.functions)
+    x = steps_first(s, s.x(X))
+    valid = _valid(s, x)
+    operands = {i: _by_direction(s, i, count) for i in (W, R, B, H0, C0, PEEPHOLES)}
+    result = []
+    for k in range(count):
+        w, r, b, h0, c0, p = (operands[i][k] for i in operands)
+        assert w is not None
+        assert r is not None
+        added, apart = _biases(s, kind, b)
+        inputs = s.op.MatMul(x, s.op.Transpose(w, perm=[1, 0]))
+        if added is not None:
+            inputs = s.op.Add(inputs, added)
+        if valid is not None:
+            # Padding may hold anything, NaN too.
+            inputs = s.op.Where(valid, inputs, 0.0)
+        states = [_zeros(s, x) if t is None else t for t in (h0, c0)]
+        result.append(
+            Direction(
+                backward[k],
+                functions[k * len(kind.functions) : (k + 1) * len(kind.functions)],
+                inputs,
+                s.op.Transpose(r, perm=[1, 0]),
+                apart,
+                p,
+                states[: 2 if s.node.op == "LSTM" else 1],
+                valid,
+            )
+        )
+    return result
+
+
+def steps_first(s: Site, tensor: Tensor) -> Tensor:
+    """A sequence [T, N, …] from the node's layout, which may be [N, T, …]."""
+    if not s.attr("layout"):
+        return tensor
+    rank = s.rank(tensor)
+    order = [1, 0, 2] if rank == 3 else [1, 2, 0, 3]
+    result: Tensor = s.op.Transpose(tensor, perm=order)
+    return result
+
+
+def _by_direction(s: Site, i: int, count: int) -> list[Tensor | None]:
+    """Input ``i`` for each direction, without the axis of directions."""
+    tensor = s.optional(i)
+    if tensor is None:
+        return [None] * count
+    if i in (H0, C0) and s.attr("layout"):
+        tensor = s.op.Transpose(tensor, perm=[1, 0, 2])
+    parts = [tensor]
+    if count > 1:
+        parts = list(s.op.Split(tensor, axis=0, num_outputs=count, outputs=count))
+    return [s.op.Squeeze(part, [0]) for part in parts]
+
+
+def _biases(s: Site, kind: Kind, both: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What of the biases is added beforehand, and what only within the recurrence."""
+    if both is None:
+        return None, None
+    op, size = s.op, hidden_size(s)
+    if s.node.op == "GRU" and s.attr("linear_before_reset"):
+        parts = op.Split(both, [3 * size, 2 * size, size], axis=0, outputs=3)
+        early = op.Pad(parts[1], [0, size])
+        return op.Add(parts[0], early), parts[2]
+    return op.Add(*op.Split(both, axis=0, num_outputs=2, outputs=2)), None
+
+
+def _valid(s: Site, x: Tensor) -> Tensor | None:
+    """[T, N, 1]: whether a step is within its sequence."""
+    lengths = s.optional(LENGTHS)
+    if lengths is None:
+        return None
+    op = s.op
+    lengths = op.Cast(lengths, to=np.dtype(np.int64))
+    steps = op.Range(np.int64(0), op.Squeeze(op.Shape(x, end=1), [0]), np.int64(1))
+    result: Tensor = op.Less(op.Reshape(steps, [-1, 1, 1]), op.Unsqueeze(lengths, [0, 2]))
+    return result
+
+
+def _zeros(s: Site, x: Tensor) -> Tensor:
+    """An initial state [N, H] that was left out."""
+    op, shape, size = s.op, s.shape(x), hidden_size(s)
+    batch = shape[1] if shape is not None else None
+    if isinstance(batch, int):
+        return s.graph.constant(np.zeros((batch, size), s.graph.dtype(x)))
+    zeros = op.ConstantOfShape(
+        op.Concat(op.Shape(x, start=1, end=2), [size], axis=0),
+        value=np.zeros(1, s.graph.dtype(x)),
+    )
+    zeros.shape = [batch, size]
+    return zeros
+
+
+# -- the definition, and what the fast operator knows of it ----------------------------------------
+
+
+def steps(walker: Walker, s: Site, d: Direction) -> list[Tensor]:
+    """The Scan: for each state, its values [T, N, H] before every step, then those after."""
+    graph, cell = s.graph, KINDS[s.node.op].cell
+    formals = [_formal(s, "state", state) for state in d.states]
+    given = _formal(s, "inputs", d.inputs, scanned=True)
+    tracks = [Track(given, d.inputs, 0, d.backward)]
+    with graph.collect() as nodes:
+        after = cell(s, d, given, formals)
+        if d.valid is not None:
+            counts = _formal(s, "valid", d.valid, scanned=True)
+            tracks.append(Track(counts, d.valid, 0, d.backward))
+            after = [s.op.Where(counts, *pair) for pair in zip(after, formals, strict=True)]
+    nodes = live(walker, graph, nodes, after)
+    carried = [Carried(*triple) for triple in zip(formals, after, d.states, strict=True)]
+    stacked = [Stacked(t, 0, d.backward) for t in (*formals, *after)]
+    return emit_scan(graph, nodes, tracks, carried, stacked)[len(carried) :]
+
+
+def definition(walker: Walker, s: Site) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Y, Y_h and Y_c, and the sequences of states by direction (see :func:`steps`)."""
+    op, traces, ends = s.op, list[list[Tensor]](), list[list[Tensor]]()
+    whole = []
+    for d in directions(s):
+        trace = steps(walker, s, d)
+        after = trace[len(d.states) :]
+        y = after[0] if d.valid is None else op.Where(d.valid, after[0], 0.0)
+        whole.append(op.Unsqueeze(y, [1]))
+        last = ([0], [1]) if d.backward else ([-1], [np.iinfo(np.int64).max])
+        ends.append([op.Slice(state, *last, [0]) for state in after])
+        traces.append(trace)
+    outputs = [whole, *(list(parts) for parts in zip(*ends, strict=True))]
+    joined = [
+        parts[0] if len(parts) == 1 else op.Concat(*parts, axis=int(k == 0))
+        for k, parts in enumerate(outputs)
+    ]
+    if s.attr("layout"):
+        joined = [
+            op.Transpose(t, perm=[2, 0, 1, 3] if k == 0 else [1, 0, 2])
+            for k, t in enumerate(joined)
+        ]
+    return joined, traces
+
+
+def known(walker: Walker, s: Site) -> list[list[Tensor]]:
+    """The values of the sequences of states, from the output of the model's own operator."""
+    op, found = s.op, directions(s)
+    y = steps_first(s, whole_output(s))
+    parts = [y] if len(found) == 1 else op.Split(y, axis=1, num_outputs=2, outputs=2)
+    result = []
+    for d, part in zip(found, parts, strict=True):
+        hidden = op.Squeeze(part, [1])
+        if d.valid is not None and d.backward:
+            # Where going back has not reached the sequence yet, the state is the initial one.
+            hidden = op.Where(d.valid, hidden, d.states[0])
+        before = [_delayed(s, d, hidden, d.states[0])]
+        after = [hidden]
+        if s.node.op == "LSTM":
+            after.append(_cell_states(walker, s, d, before[0]))
+            before.append(_delayed(s, d, after[1], d.states[1]))
+        result.append([*before, *after])
+    return result
+
+
+def whole_output(s: Site) -> Tensor:
+    """Y, which the node is made to give if it does not."""
+    node = producer(s)
+    if not node.outputs[0].name:
+        last = next(t for t in s.outputs if t.name)
+        y = s.graph.variable(s.graph.fresh("attrib/Y"), last.dtype, _whole_shape(s))
+        s.graph.give_output(node, 0, y)
+    y = node.outputs[0]
+    if s.shape(y) is None:
+        y.shape = _whole_shape(s)
+    return y
+
+
+def _whole_shape(s: Site) -> list[int | str | None]:
+    shape, count = s.shape(s.x(X)), 2 if "bi" in str(s.attr("direction")) else 1
+    first, second = (None, None) if shape is None else shape[:2]
+    size = hidden_size(s)
+    return [first, second, count, size] if s.attr("layout") else [first, count, second, size]
+
+
+def _delayed(s: Site, d: Direction, after: Tensor, start: Tensor) -> Tensor:
+    """The states before every step, from those after it."""
+    op = s.op
+    first = op.Unsqueeze(start, [0])
+    if d.backward:
+        late = op.Slice(after, [1], [np.iinfo(np.int64).max], [0])
+        return s.shaped(op.Concat(late, first, axis=0), after)
+    return s.shaped(op.Concat(first, op.Slice(after, [0], [-1], [0]), axis=0), after)
+
+
+def _cell_states(walker: Walker, s: Site, d: Direction, hidden: Tensor) -> Tensor:
+    """The cell states of an LSTM after every step, given the hidden states before it."""
+    graph = s.graph
+    state = _formal(s, "state", d.states[1])
+    sequences = [d.inputs, hidden, *([] if d.valid is None else [d.valid])]
+    formals = [_formal(s, "step", t, scanned=True) for t in sequences]
+    with graph.collect() as nodes:
+        _, after = lstm_cell(s, d, formals[0], [formals[1], state])
+        if d.valid is not None:
+            after = s.op.Where(formals[2], after, state)
+    nodes = live(walker, graph, nodes, [after])
+    tracks = [Track(f, t, 0, d.backward) for f, t in zip(formals, sequences, strict=True)]
+    carried = [Carried(state, after, d.states[1])]
+    return emit_scan(graph, nodes, tracks, carried, [Stacked(after, 0, d.backward)])[1]
+
+
+def _formal(s: Site, name: str, like: Tensor, scanned: bool = False) -> Tensor:
+    """A variable for a state, or for one step of a sequence."""
+    shape = s.shape(like)
+    if scanned and shape is not None:
+        shape = shape[1:]
+    return s.graph.variable(s.graph.fresh(f"attrib/{name}"), like.dtype, shape)
+
+
+def recurrent_pull(walker: Walker, site: Site) -> dict[int, Tensor]:
+    """Forward form Y [T, directions, N, H], Y_h and Y_c [directions, N, H] from X [T, N, I].
+
+    Backward returns the cotangents of X, the initial states and, where they are attributed, the
+    weights, through the cells from the last step to the first.
+    """
+    with site.graph.record() as nodes:
+        outputs, traces = definition(walker, site)
+    here = _values(traces, known(walker, site))
+    there = None
+    if site.reference is not None:
+        there = _values(traces, known(walker, site.reference))
+    return walker.through(site, nodes, outputs, here, there)
+
+
+def _values(traces: list[list[Tensor]], values: list[list[Tensor]]) -> dict[str, Tensor]:
+    pairs = zip(sum(traces, []), sum(values, []), strict=True)
+    return {trace.name: value for trace, value in pairs}
+
+
+for name in KINDS:
+    add(Structured(op=name, pull=recurrent_pull, blocked=frozenset({LENGTHS}), transparent=False))
