@@ -20,6 +20,7 @@ from onnx_attrib.passes.finalize import finalize
 from onnx_attrib.passes.integrate import integrate
 from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.passes.recognize import recognize
+from onnx_attrib.passes.quantized import mark, unmark
 from onnx_attrib.passes.reference import reference
 from onnx_attrib.passes.scope import scope
 from onnx_attrib.passes.simplify import simplify
@@ -123,6 +124,7 @@ def run(loaded: tuple[ModelProto, str], request: Request) -> Job:
 def pipeline(request: Request) -> list[Callable[[Job], None]]:
     """The passes, in order."""
     return [
+        lambda job: mark(job.graph),
         scope,
         choose_target,
         reference,
@@ -130,6 +132,7 @@ def pipeline(request: Request) -> list[Callable[[Job], None]]:
         recognize,
         integrate if request.method.path else differentiate,
         finalize,
+        lambda job: unmark(job.graph),
         lambda job: simplify(job.graph),
     ]
 

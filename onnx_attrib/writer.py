@@ -7,7 +7,7 @@ what the file says about the node (:class:`Call`) and write its definition (:cla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -142,15 +142,14 @@ class Rewriter:
 
     choose: Callable[[NodeProto], Definition | None]
     version: int
+    refused: list[str] = field(default_factory=list)
 
-    def run(self, model: ModelProto) -> list[str]:
-        """Rewrite ``model`` in place; returns the refusals."""
-        if not any(self.choose(node) for node in all_nodes(model.graph)):
-            return []
-        self._taken = set(_names(model.graph))
-        self._refused: list[str] = []
-        self._graph(model.graph, {}, {})
-        return self._refused
+    def run(self, model: ModelProto) -> int:
+        """Rewrite ``model`` in place; returns how many nodes were replaced."""
+        self._replaced, self._taken = 0, set(taken_names(model.graph))
+        if any(self.choose(node) for node in all_nodes(model.graph)):
+            self._graph(model.graph, {}, {})
+        return self._replaced
 
     def _graph(self, graph: GraphProto, types: Types, constants: Mapping[str, TensorProto]) -> None:
         types = {**types, **declared(graph)}
@@ -159,11 +158,11 @@ class Rewriter:
         for node in graph.node:
             for inner in subgraphs(node):
                 self._graph(inner, types, constants)
-            nodes.extend(self._replaced(node, types, constants))
+            nodes.extend(self._rewritten(node, types, constants))
         del graph.node[:]
         graph.node.extend(nodes)
 
-    def _replaced(
+    def _rewritten(
         self, node: NodeProto, types: Types, constants: Mapping[str, TensorProto]
     ) -> list[NodeProto]:
         kept = NodeProto()
@@ -175,8 +174,9 @@ class Rewriter:
         try:
             results = definition(writer, Call(kept, self.version, types, constants))
         except Inexpressible as reason:
-            self._refused.append(f"{node.op_type} '{node.name or node.output[0]}': {reason}")
+            self.refused.append(f"{node.op_type} '{node.name or node.output[0]}': {reason}")
             return [kept]
+        self._replaced += 1
         return renamed(writer, kept, results)
 
 
@@ -224,14 +224,15 @@ def constant_values(graph: GraphProto) -> dict[str, TensorProto]:
     return values
 
 
-def _names(graph: GraphProto) -> Iterator[str]:
+def taken_names(graph: GraphProto) -> Iterator[str]:
+    """Names in use, those of nodes and of inner graphs included."""
     yield from (info.name for info in (*graph.input, *graph.output))
     yield from (tensor.name for tensor in graph.initializer)
     for node in graph.node:
         yield node.name
         yield from node.output
         for inner in subgraphs(node):
-            yield from _names(inner)
+            yield from taken_names(inner)
 
 
 def _text(value: Any) -> Any:
@@ -247,4 +248,6 @@ __all__ = [
     "all_nodes",
     "constant_values",
     "declared",
+    "renamed",
+    "taken_names",
 ]

@@ -56,7 +56,9 @@ def _rewrite(
     if not any(choose(node) for node in all_nodes(model.graph)):
         return model
     model = onnx.shape_inference.infer_shapes(model)
-    _refuse(version, Rewriter(choose, version).run(model))
+    rewriter = Rewriter(choose, version)
+    rewriter.run(model)
+    _refuse(version, rewriter.refused)
     return model
 
 

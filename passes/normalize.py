@@ -17,6 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx_attrib.errors import ModelError
 from onnx_attrib.ir import OPSET, Graph, subgraphs
 from onnx_attrib.passes.convert import convert
+from onnx_attrib.passes.lower import lower
 
 OLDEST, NEWEST = 7, 26
 _DETACH = 1024
@@ -37,9 +38,10 @@ def normalize(model: ModelProto) -> Graph:
         _constants_to_initializers(model)
     model = convert(model, default_opset(model))
     _constants_to_initializers(model)
-    model = _infer(model)
-    if _fold(model):
-        model = _infer(model)
+    model = _known(model)
+    if lower(model):
+        _constants_to_initializers(model)
+        model = _known(model)
     _attach(model, weights)
     return Graph(model)
 
@@ -184,6 +186,12 @@ def _constant_value(node: NodeProto) -> TensorProto | None:
 
 
 # -- versions, shapes, constants -------------------------------------------------------------------
+
+
+def _known(model: ModelProto) -> ModelProto:
+    """Infer what can be known before run time."""
+    model = _infer(model)
+    return _infer(model) if _fold(model) else model
 
 
 def _infer(model: ModelProto) -> ModelProto:

@@ -362,6 +362,9 @@ def inception(folder: Path) -> None:
         elif kind == "GlobalAveragePooling2D":
             node("GlobalAveragePool", inputs, f"{name}/pool")
             node("Flatten", [f"{name}/pool"], name)
+        elif kind == "Flatten":
+            node("Transpose", inputs, f"{name}/last", perm=[0, 2, 3, 1])
+            node("Flatten", [f"{name}/last"], name)
         elif kind == "Dense":
             kernel = constant(f"{name}/kernel", weights[f"{name}/kernel"])
             bias = constant(f"{name}/bias", weights[f"{name}/bias"])

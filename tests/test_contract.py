@@ -377,15 +377,18 @@ def test_unknown_names_are_suggested(rng: np.random.Generator) -> None:
 
 def test_all_unsupported_nodes_are_listed() -> None:
     source = text(
-        """g (float[N, 4] x) => (float[N, 4] y)
-        { a = Det_like(x) b = Relu(a) y = Det_like(b) }""".replace("Det_like", "Hardmax")
+        """g (float[N, 4] x) => (float[N, 4] y) { a = Exp(x) b = Relu(a) y = Exp(b) }"""
     )
-    source.graph.node[0].op_type = source.graph.node[2].op_type = "Bernoulli"
-    source.graph.node[0].name = "first"
+    source.opset_import.add(domain="com.example", version=1)
+    for i, name in ((0, "first"), (2, "")):
+        node = source.graph.node[i]
+        node.op_type, node.domain, node.name = "Swirl", "com.example", name
     with pytest.raises(UnsupportedOpError) as caught:
         onnx_attrib.compile(source)
-    assert [offence.op for offence in caught.value.offences] == ["Bernoulli", "Bernoulli"]
-    assert "first" in str(caught.value)
+    found = [(offence.op, offence.domain) for offence in caught.value.offences]
+    assert found == [("Swirl", "com.example")] * 2
+    assert "'first'" in str(caught.value)
+    assert "'y'" in str(caught.value), "a node without a name is named by its output"
 
 
 def test_cut_and_missing_paths_are_explained() -> None:

@@ -173,17 +173,21 @@ def transposed_window(site: Site) -> Window:
                 known, strides, surplus, extent, asked, strict=True
             )
         )
-        begin, end = split_padding(totals, mode != "SAME_UPPER")
+        # An output larger than the windows reach gets the rest at its end.
+        begin, _ = split_padding(tuple(max(t, 0) for t in totals), mode != "SAME_UPPER")
+        end = tuple(total - pad for total, pad in zip(totals, begin, strict=True))
     elif mode in ("SAME_UPPER", "SAME_LOWER"):
         if any(surplus):
             raise Unsupported("auto_pad SAME with output_padding, where runtimes disagree")
         totals = tuple(e - stride for e, stride in zip(extent, strides, strict=True))
+        if min(totals) < 0:
+            raise Unsupported(
+                "auto_pad SAME with strides beyond the kernel, where runtimes disagree"
+            )
         begin, end = split_padding(totals, mode == "SAME_LOWER")
     else:
         pads = (ints(site, "pads") if mode == "NOTSET" else ()) or (0,) * 2 * len(kernel)
         begin, end = pads[: len(kernel)], pads[len(kernel) :]
-    if any(pad < 0 for pad in (*begin, *end)):
-        raise Unsupported("an output larger than the windows reach, where runtimes disagree")
     reached = tuple(pad - more for pad, more in zip(end, surplus, strict=True))
     return Window(kernel, strides, dilations, begin, reached)
 

@@ -2,8 +2,8 @@
 
 ``QuantizeLinear`` followed by ``DequantizeLinear`` is a staircase. Its derivative is taken straight
 through: one between the smallest and the largest number that the integers can stand for, zero
-beyond. ``passes/quantized.py`` finds such pairs and writes them as one operator, StraightThrough:
-DequantizeLinear with one more input, the number that was quantized. It never leaves the compiler.
+beyond. ``passes/quantized.py`` finds such pairs and turns the second into StraightThrough: the same
+operator with one more input, the number that was quantized. It never leaves the compiler.
 """
 
 from __future__ import annotations
@@ -55,11 +55,14 @@ def spread(s: Site, parameter: Tensor) -> Tensor:
     size = s.attr("block_size")
     if not size:
         raise Unsupported("a scale of the tensor's rank, without block_size")
-    repeated = op.Expand(
-        op.Unsqueeze(parameter, [axis + 1]), [size if k == axis + 1 else 1 for k in range(rank + 1)]
-    )
-    joined = op.Reshape(repeated, [-1 if k == axis else 0 for k in range(axis + 1)] + [0] * 0)
-    return joined
+    count = (s.shape(q) or ())[axis]
+    if isinstance(count, int):
+        block = s.graph.constant(np.arange(count) // size, np.int64)
+    else:
+        length = op.Squeeze(op.Shape(q, start=axis, end=axis + 1), [0])
+        block = op.Div(op.Range(np.int64(0), length, np.int64(1)), np.int64(size))
+    repeated: Tensor = op.Gather(parameter, block, axis=axis)
+    return repeated
 
 
 add(

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
-from onnx_attrib.ir import Tensor
+from onnx_attrib.ir import Shape, Tensor
 from onnx_attrib.rules.base import Site, Structured, Unsupported, Walker, add
 from onnx_attrib.rules.control_flow import live, producer
 from onnx_attrib.rules.scan import Carried, Stacked, Track, emit_scan
@@ -26,57 +27,48 @@ Function = Callable[[Tensor], Tensor]
 
 # -- activations -----------------------------------------------------------------------------------
 
-_SINGLE = {
-    "relu": ("Relu", 0.0),
-    "tanh": ("Tanh", 0.0),
-    "sigmoid": ("Sigmoid", 0.0),
-    "softsign": ("Softsign", 0.0),
-    "softplus": ("Softplus", 0.0),
-}
-# Operator, default alpha, default beta (None: takes none).
-_PARAMETRIC: dict[str, tuple[str, float, float | None]] = {
-    "affine": ("", 1.0, 0.0),
-    "leakyrelu": ("LeakyRelu", 0.01, None),
-    "thresholdedrelu": ("ThresholdedRelu", 1.0, None),
-    "scaledtanh": ("", 1.0, 1.0),
-    "hardsigmoid": ("HardSigmoid", 0.2, 0.5),
-    "elu": ("Elu", 1.0, None),
+# Operator (none: spelled out below), and the defaults of its parameters.
+_ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
+    "relu": ("Relu", {}),
+    "tanh": ("Tanh", {}),
+    "sigmoid": ("Sigmoid", {}),
+    "softsign": ("Softsign", {}),
+    "softplus": ("Softplus", {}),
+    "leakyrelu": ("LeakyRelu", {"alpha": 0.01}),
+    "thresholdedrelu": ("ThresholdedRelu", {"alpha": 1.0}),
+    "elu": ("Elu", {"alpha": 1.0}),
+    "hardsigmoid": ("HardSigmoid", {"alpha": 0.2, "beta": 0.5}),
+    "affine": ("", {"alpha": 1.0, "beta": 0.0}),
+    "scaledtanh": ("", {"alpha": 1.0, "beta": 1.0}),
 }
 
 
 def activations(s: Site, count: int, defaults: Sequence[str]) -> list[Function]:
-    """The activation functions, direction by direction, each after the clip of its input.
+    """The activation functions, direction by direction.
 
     ``activation_alpha`` and ``activation_beta`` are used up in order by those that take them.
     """
     given = s.attr("activations")
     names = [n.decode() if isinstance(n, bytes) else n for n in given or ()]
     names = (names or list(defaults) * count)[: len(defaults) * count]
-    alphas = iter(s.attr("activation_alpha") or ())
-    betas = iter(s.attr("activation_beta") or ())
-    result = []
+    lists = {key: iter(s.attr(f"activation_{key}") or ()) for key in ("alpha", "beta")}
+    result: list[Function] = []
     for name in names:
-        key = name.lower()
-        if key in _SINGLE:
-            result.append(partial(_activate, s, _SINGLE[key][0], {}))
-        elif key in _PARAMETRIC:
-            op, alpha, beta = _PARAMETRIC[key]
-            settings = {"alpha": float(next(alphas, alpha))}
-            if beta is not None:
-                settings["beta"] = float(next(betas, beta))
-            result.append(partial(_activate, s, op or key, settings))
-        else:
+        if name.lower() not in _ACTIVATIONS:
             raise Unsupported(f"unknown activation '{name}'")
+        _, needed = _ACTIVATIONS[name.lower()]
+        settings = {key: float(next(lists[key], value)) for key, value in needed.items()}
+        result.append(partial(_activate, s, name.lower(), settings))
     return result
 
 
-def _activate(s: Site, op: str, settings: Mapping[str, float], z: Tensor) -> Tensor:
-    if op == "affine":
+def _activate(s: Site, name: str, settings: Mapping[str, float], z: Tensor) -> Tensor:
+    if name == "affine":
         return s.op.Add(s.op.Mul(z, settings["alpha"]), settings["beta"])
-    if op == "scaledtanh":
+    if name == "scaledtanh":
         return s.op.Mul(s.op.Tanh(s.op.Mul(z, settings["beta"])), settings["alpha"])
-    result: Tensor = s.graph.emit(op, z, **settings)
-    return result
+    emit: Callable[..., Tensor] = getattr(s.op, _ACTIVATIONS[name][0])
+    return emit(z, **settings)
 
 
 # -- cells -----------------------------------------------------------------------------------------
@@ -364,15 +356,15 @@ def whole_output(s: Site) -> Tensor:
         s.graph.give_output(node, 0, y)
     y = node.outputs[0]
     if s.shape(y) is None:
-        y.shape = _whole_shape(s)
+        y.shape = list(_whole_shape(s))
     return y
 
 
-def _whole_shape(s: Site) -> list[int | str | None]:
+def _whole_shape(s: Site) -> Shape:
     shape, count = s.shape(s.x(X)), 2 if "bi" in str(s.attr("direction")) else 1
     first, second = (None, None) if shape is None else shape[:2]
     size = hidden_size(s)
-    return [first, second, count, size] if s.attr("layout") else [first, count, second, size]
+    return (first, second, count, size) if s.attr("layout") else (first, count, second, size)
 
 
 def _delayed(s: Site, d: Direction, after: Tensor, start: Tensor) -> Tensor:
@@ -425,7 +417,7 @@ def recurrent_pull(walker: Walker, site: Site) -> dict[int, Tensor]:
 
 
 def _values(traces: list[list[Tensor]], values: list[list[Tensor]]) -> dict[str, Tensor]:
-    pairs = zip(sum(traces, []), sum(values, []), strict=True)
+    pairs = zip(chain(*traces), chain(*values), strict=True)
     return {trace.name: value for trace, value in pairs}
 
 
