@@ -11,7 +11,9 @@ from onnx_attrib.errors import (
     UnsupportedOpError,
 )
 from onnx_attrib.runtime import Explainer, Explanation
-from onnx_attrib.version import VERSION as __version__
+from onnx_attrib.version import VERSION
+
+__version__ = VERSION
 
 __all__ = [
     "CompileError",

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_attrib.errors import OptionError, RuntimeMissingError
-from onnx_attrib.runtime import Port, show_shape
+from onnx_attrib.feeds import Port, show_shape
 
 Array = npt.NDArray[Any]
 Layout = Literal["nchw", "nhwc"]

@@ -12,7 +12,7 @@ from onnx import ModelProto
 
 from onnx_attrib import rules
 from onnx_attrib.compiler import pipeline
-from onnx_attrib.errors import CompileError, Offence, UnsupportedOpError
+from onnx_attrib.errors import CompileError, Offence, OptionError, UnsupportedOpError
 from onnx_attrib.ir import Graph, Node, Shape, Tensor, is_float
 from onnx_attrib.job import Cluster, Job, Request
 from onnx_attrib.methods import get as method_named
@@ -20,7 +20,7 @@ from onnx_attrib.model_io import Source, load
 from onnx_attrib.passes.differentiate import active_inputs, flow, offence
 from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.passes.scope import ancestors, attributed_tensors, embeddings, explained_output
-from onnx_attrib.runtime import Recipe
+from onnx_attrib.recipe import Recipe
 
 _SQUASHING = frozenset(("Softmax", "LogSoftmax", "Sigmoid"))
 # Operators that only rename, reorder or repack what they are given.
@@ -141,8 +141,8 @@ def inspect(
     """Describe a model, and try to compile it for ``method`` with default settings.
 
     ``inputs`` and ``output`` as for :func:`onnx_attrib.compile`. Raises ModelError for a file that
-    is missing, damaged, or rejected by ONNX's checker; whatever else is in the way of compiling is
-    among the findings.
+    is missing, damaged, or rejected by ONNX's checker, OptionError for a method or tensor that does
+    not exist; whatever else is in the way of compiling is among the findings.
     """
     chosen = method_named(method)
     proto, digest = load(model)
@@ -275,6 +275,9 @@ def _analyse(report: Inspection, job: Job) -> None:
         upstream = ancestors(graph, output)
         attributed = attributed_tensors(graph, request.inputs, upstream)
         report.attributed = [t.name for t in attributed]
+    except OptionError:
+        # A tensor that the caller named does not exist or does not fit.
+        raise
     except CompileError as error:
         report.problem = str(error)
         _without_rule(report, graph.nodes, ())

@@ -586,8 +586,8 @@ class Graph:
         return helper.make_graph(
             [self.proto(node) for node in (*inner, *ends)],
             name,
-            [OnnxExporter.export_value_info_proto(tensor, True) for tensor in inputs],
-            [OnnxExporter.export_value_info_proto(tensor, True) for tensor in results],
+            [_declaration(tensor) for tensor in inputs],
+            [_declaration(tensor) for tensor in results],
         )
 
     # -- inside subgraphs ----------------------------------------------------------------------
@@ -681,7 +681,7 @@ class Graph:
         name = self.fresh("attrib/step")
         body.node.append(helper.make_node("Identity", [formal], [name]))
         step = gs.Variable(name, like.dtype, like.shape)
-        body.output.append(OnnxExporter.export_value_info_proto(step, True))
+        body.output.append(_declaration(step))
         for key in ("scan_output_axes", "scan_output_directions"):
             if key in attributes:
                 attributes[key].ints.append(0)
@@ -744,6 +744,15 @@ def _inner_names(node: NodeProto) -> Iterator[str]:
             yield inner.name
             yield from inner.output
             yield from _inner_names(inner)
+
+
+def _declaration(tensor: Tensor) -> onnx.ValueInfoProto:
+    """An input or output of a subgraph: type and rank.
+
+    Sizes are left to run time: what is known as batch 1 may be a batch of N there.
+    """
+    free = gs.Variable(tensor.name, tensor.dtype, tensor.shape and [None] * len(tensor.shape))
+    return OnnxExporter.export_value_info_proto(free, True)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:

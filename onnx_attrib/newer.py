@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from onnx import GraphProto, helper, numpy_helper
 
 from onnx_attrib.ir import Dim
 from onnx_attrib.writer import Call, Definition, Writer
+
+_LAST = int(np.iinfo(np.int64).max)
 
 
 def scalar(value: float, dtype: np.dtype[Any]) -> np.ndarray:
@@ -44,33 +47,52 @@ def rms_normalization(w: Writer, c: Call) -> Sequence[str | None]:
 
 
 def cumulative_product(w: Writer, c: Call) -> Sequence[str | None]:
-    """The product of the entries up to each: over a copy of the axis, of those that count."""
+    """The product of the entries up to each, one step of a Scan an entry."""
     op, x, axis = w.op, c.x(0), c.value(1)
     if axis is None:
-        at, trail = 1, [1]
         x = op.Reshape(x, around(w, c))
-    else:
-        at = int(axis.reshape(())) % c.rank()
-        trail = [1] * (c.rank() - 1 - at)
-    count = op.Squeeze(op.Shape(x, start=at, end=at + 1), [0])
-    steps = op.Range(np.array(0, np.int64), count, np.array(1, np.int64))
-    here, there = op.Reshape(steps, [-1, 1, *trail]), op.Reshape(steps, [1, -1, *trail])
-    compare = op.Less if c.attr("exclusive") else op.LessOrEqual
-    counts = compare(here, there) if c.attr("reverse") else compare(there, here)
-    entries = op.Where(counts, op.Unsqueeze(x, [at]), scalar(1, c.dtype()))
-    y = op.ReduceProd(entries, [at + 1], keepdims=0)
+    at, rank = (1, 3) if axis is None else (int(axis.reshape(())) % c.rank(), c.rank())
+    start = op.ConstantOfShape(
+        op.Shape(op.ReduceSum(x, [at], keepdims=0)),
+        value=numpy_helper.from_array(np.ones(1, c.dtype())),
+    )
+    backwards = int(bool(c.attr("reverse")))
+    _, y = op.Scan(
+        start,
+        x,
+        outputs=2,
+        body=product_step(w, c, rank - 1),
+        num_scan_inputs=1,
+        scan_input_axes=[at],
+        scan_output_axes=[at],
+        scan_input_directions=[backwards],
+        scan_output_directions=[backwards],
+    )
     return [y if axis is not None else op.Reshape(y, op.Shape(c.x(0)))]
+
+
+def product_step(w: Writer, c: Call, rank: int) -> GraphProto:
+    """Multiply the product by an entry; give out the product before or after."""
+    kind = helper.np_dtype_to_tensor_dtype(c.dtype())
+    product, entry, after, given = (w.fresh(name) for name in ("product", "x", "after", "y"))
+    nodes = [
+        helper.make_node("Mul", [product, entry], [after]),
+        helper.make_node("Identity", [product if c.attr("exclusive") else after], [given]),
+    ]
+    tensors = [
+        helper.make_tensor_value_info(name, kind, [None] * rank)
+        for name in (product, entry, after, given)
+    ]
+    return helper.make_graph(nodes, "product", tensors[:2], tensors[2:])
 
 
 def around(w: Writer, c: Call) -> str:
     """The shape [before, along, after] an axis that is only known at run time."""
     op, shape = w.op, w.op.Shape(c.x(0))
-    axis = op.Reshape(op.Cast(c.x(1), to=7), [1])
-    axis = op.Mod(axis, op.Size(shape))
-    behind = op.Add(axis, [1])
+    axis = op.Mod(op.Reshape(op.Cast(c.x(1), to=7), [1]), np.array(c.rank(), np.int64))
     before = op.ReduceProd(op.Slice(shape, [0], axis), keepdims=1)
-    after = op.ReduceProd(op.Slice(shape, behind, [np.iinfo(np.int64).max]), keepdims=1)
-    result: str = op.Concat(before, op.Slice(shape, axis, behind), after, axis=0)
+    after = op.ReduceProd(op.Slice(shape, op.Add(axis, [1]), [_LAST]), keepdims=1)
+    result: str = op.Concat(before, op.Gather(shape, axis), after, axis=0)
     return result
 
 
@@ -101,7 +123,7 @@ def rotary_embedding(w: Writer, c: Call) -> Sequence[str | None]:
     turned, rest, size = heads, None, c.attr("rotary_embedding_dim")
     if size:
         turned = op.Slice(heads, [0], [size], [3])
-        rest = op.Slice(heads, [size], [np.iinfo(np.int64).max], [3])
+        rest = op.Slice(heads, [size], [_LAST], [3])
     cos, sin = (
         op.Unsqueeze(op.Gather(c.x(i), c.x(3), axis=0) if c.has(3) else c.x(i), [2]) for i in (1, 2)
     )

@@ -193,16 +193,16 @@ def _image(part: Any, panel: Panel, signed: bool) -> None:
         "extent": extent,
         "interpolation": "nearest",
     }
-    overlaid = shown is not None and panel.overlay
-    drawing = shown is not None and shown.shape[-1] == 1 and max(shown.shape[:2]) <= _COARSE
-    if overlaid and not drawing:
+    under = shown if panel.overlay else None
+    drawing = under is not None and under.shape[-1] == 1 and max(under.shape[:2]) <= _COARSE
+    if under is not None and not drawing:
         # The input shines through, pale, where there is little attribution.
-        pale = 255 - (255 - _gray(shown)) * 0.3
+        pale = 255 - (255 - _gray(under)) * 0.3
         heat.imshow(pale, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth)
         options["alpha"] = np.clip(np.abs(a) / end, 0, 1) ** 0.6
     heat.imshow(a, **options)
-    if overlaid and drawing and min(shown.shape[:2]) > 1:
-        _outline(heat, _gray(shown), height, width)
+    if under is not None and drawing and min(under.shape[:2]) > 1:
+        _outline(heat, _gray(under), height, width)
     heat.set_title(_short(panel.caption if shown is None else panel.title), fontsize=9)
     for ax in axes:
         ax.set_xticks([])

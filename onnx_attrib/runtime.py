@@ -6,111 +6,31 @@ hand: dtypes and batch axes, targets checked against the classes, outputs told f
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 from onnx import ModelProto
 
-from onnx_attrib.errors import (
-    CompileError,
-    ModelError,
-    OptionError,
-    RuntimeMissingError,
-    suggest,
+from onnx_attrib.errors import CompileError, OptionError, suggest
+from onnx_attrib.feeds import Array, Port, check_range, fit, integers, line
+from onnx_attrib.model_io import Source
+from onnx_attrib.session import (
+    Provider,
+    onnxruntime,
+    open_session,
+    port_of,
+    providers_for,
+    recipe_of,
 )
-from onnx_attrib.model_io import Source, is_large, save
 
-Array = npt.NDArray[Any]
 Arrays = Mapping[str, npt.ArrayLike]
-Provider = str | tuple[str, Mapping[str, Any]]
 
-PREFIX = "onnx_attrib."
-"""Of the metadata that says how a model was compiled."""
 _SUFFIX = "_attribution"
 _DELTA = "convergence_delta"
-_ERRORS_ONLY = 3
-"""ONNX Runtime's severity: its warnings are about graphs, and of no use to who runs one."""
-
-
-@dataclass(frozen=True)
-class Port:
-    """One input or output of the model: ``shape`` holds a name or None where it is dynamic."""
-
-    name: str
-    dtype: np.dtype[Any] | None
-    shape: tuple[int | str | None, ...]
-
-    def __str__(self) -> str:
-        kind = "non-numeric" if self.dtype is None else str(self.dtype)
-        return f"{self.name} {kind} {show_shape(self.shape)}"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model was compiled, read from its ``onnx_attrib.*`` metadata.
-
-    ``inputs``: the attributed tensors; ``output``: the explained one, and ``output_shape`` its
-    shape (None if unknown); ``target``: ``"input"``, ``"argmax"``, ``"seed"``, an index or a
-    tuple; ``baseline``: ``"zeros"``, ``"input"``, a number, ``"array"``, or None for methods
-    without a reference; ``source_sha256``: of the model it was compiled from.
-    """
-
-    method: str
-    options: Mapping[str, Any]
-    inputs: tuple[str, ...]
-    output: str
-    output_shape: tuple[int | str | None, ...] | None
-    target: str | int | tuple[int, ...]
-    baseline: str | float | None
-    version: str
-    source_sha256: str
-
-    @staticmethod
-    def read(metadata: Mapping[str, str]) -> Recipe | None:
-        """The recipe in a model's metadata; None if onnx-attrib did not compile the model.
-
-        Raises ModelError if the entries are there but damaged.
-        """
-        found = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
-        if "method" not in found:
-            return None
-        try:
-            target = json.loads(found["target"])
-            shape = json.loads(found.get("output_shape", "null"))
-            return Recipe(
-                method=found["method"],
-                options=json.loads(found["options"]),
-                inputs=tuple(json.loads(found["inputs"])),
-                output=found["output"],
-                output_shape=None if shape is None else tuple(shape),
-                target=tuple(target) if isinstance(target, list) else target,
-                baseline=json.loads(found["baseline"]),
-                version=found.get("version", ""),
-                source_sha256=found.get("source_sha256", ""),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"the model's onnx_attrib metadata is damaged: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON types."""
-        return {
-            "version": self.version,
-            "method": self.method,
-            "options": dict(self.options),
-            "inputs": list(self.inputs),
-            "output": self.output,
-            "target": list(self.target) if isinstance(self.target, tuple) else self.target,
-            "baseline": self.baseline,
-            "source_sha256": self.source_sha256,
-        }
 
 
 @dataclass(frozen=True)
@@ -163,14 +83,14 @@ class Explainer:
             RuntimeMissingError: ONNX Runtime is not installed.
         """
         ort = onnxruntime()
-        chosen = _providers(ort, providers)
+        chosen = providers_for(ort, providers)
         name = f"'{model}'" if isinstance(model, str | os.PathLike) else "the model"
         if isinstance(model, ModelProto):
             # Before the time that a session takes.
-            _recipe({prop.key: prop.value for prop in model.metadata_props}, name)
-        self._session = _session(ort, model, chosen, name)
-        self.recipe = _recipe(self._session.get_modelmeta().custom_metadata_map, name)
-        ports = [_port(argument) for argument in self._session.get_inputs()]
+            recipe_of({prop.key: prop.value for prop in model.metadata_props}, name)
+        self._session = open_session(ort, model, chosen, name)
+        self.recipe = recipe_of(self._session.get_modelmeta().custom_metadata_map, name)
+        ports = [port_of(argument) for argument in self._session.get_inputs()]
         names = {port.name for port in ports}
         extra = {f"{n}_baseline" for n in names} if self.recipe.baseline == "input" else set()
         chooser = self.recipe.target if self.recipe.target in ("input", "seed") else None
@@ -185,7 +105,7 @@ class Explainer:
         self.inputs = [p for p in ports if p.name not in extra and p is not self._chooser]
         """The source model's inputs."""
         added = {*(f"{n}{_SUFFIX}" for n in self.recipe.inputs), _DELTA}
-        results = [_port(argument) for argument in self._session.get_outputs()]
+        results = [port_of(argument) for argument in self._session.get_outputs()]
         self.outputs = [port for port in results if port.name not in added]
         """The source model's outputs."""
         self._results = [port.name for port in results]
@@ -317,7 +237,7 @@ class Explainer:
         try:
             return list(self._session.run(self._results, dict(feeds)))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise CompileError(f"ONNX Runtime failed to run the model: {_line(error)}") from None
+            raise CompileError(f"ONNX Runtime failed to run the model: {line(error)}") from None
 
     def _feeds(
         self, inputs: npt.ArrayLike | Arrays | None, named: Mapping[str, npt.ArrayLike]
@@ -378,7 +298,7 @@ class Explainer:
                     f"as a tuple of {columns} indices (−1 first is the predicted class)"
                 )
             target = -1
-        indices = _integers(target, "target")
+        indices = integers(target, "target")
         if batch is None:
             batch = indices.shape[0] if indices.ndim else 1
         wanted = (batch,) if columns is None else (batch, int(columns))
@@ -400,18 +320,18 @@ class Explainer:
             ) from None
         shape = self.recipe.output_shape
         if shape is not None:
-            _check_range(feeds["target"], shape, self.output)
+            check_range(feeds["target"], shape, self.output)
 
     def _refuse_target(self, target: npt.ArrayLike) -> None:
         fixed = self.recipe.target
         if fixed == "input" or not self._has_classes():
-            if np.all(np.isin(_integers(target, "target"), (0, -1))):
+            if np.all(np.isin(integers(target, "target"), (0, -1))):
                 return
             raise OptionError(
-                f"output '{self.output}' holds one value a sample: it has no target {target}"
+                f"output '{self.output}' holds one value a sample: it has no target {target!r}"
             )
         if not isinstance(fixed, str) and np.array_equal(
-            np.atleast_1d(_integers(target, "target")), np.atleast_1d(np.asarray(fixed))
+            np.atleast_1d(integers(target, "target")), np.atleast_1d(np.asarray(fixed))
         ):
             return
         how = {"seed": "with a seed", "argmax": "for its largest output"}
@@ -498,7 +418,7 @@ class Explainer:
         if shape is not None and all(isinstance(size, int) for size in shape[1:]):
             return
         if self.output in outputs:
-            _check_range(target, outputs[self.output].shape, self.output)
+            check_range(target, outputs[self.output].shape, self.output)
         elif any(a.size and np.isnan(a).all() for a in attributions.values()):
             raise OptionError(
                 f"target {target.tolist()} gives no attribution: it is out of the range of output "
@@ -536,207 +456,4 @@ class Explainer:
         return prediction, index[:, 0] if y.ndim == 2 else index, score
 
 
-# -- arrays to inputs ------------------------------------------------------------------------------
-
-
-def fit(port: Port, value: Any) -> Array:
-    """``value`` as an array of the port's dtype and rank.
-
-    Numbers are cast (fractions never to integers). A batch axis or axes of size 1 that are
-    missing are added: [28, 28] and [7, 28, 28] both fit [N, 1, 28, 28]. Raises OptionError
-    otherwise.
-    """
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"{port.name} is not an array: {_line(error)}") from None
-    if port.dtype is not None:
-        array = _cast(port, array)
-    shape = _completed(array.shape, port.shape)
-    if shape is None:
-        raise OptionError(
-            f"{port.name} has shape {list(array.shape)}; the model takes {show_shape(port.shape)}"
-        )
-    return np.ascontiguousarray(array).reshape(shape)
-
-
-def _completed(
-    shape: tuple[int, ...], wanted: Sequence[int | str | None]
-) -> tuple[int, ...] | None:
-    """``shape`` with the axes of size 1 that ``wanted`` has more, or None if it does not fit."""
-    if shape_fits(shape, wanted):
-        return shape
-    long = [axis for axis, dim in enumerate(wanted) if dim != 1]
-    for axes in (list(range(1, len(wanted))), long, [axis for axis in long if axis > 0]):
-        if len(axes) < len(wanted) and shape_fits(shape, [wanted[axis] for axis in axes]):
-            sizes = dict(zip(axes, shape, strict=True))
-            complete = tuple(sizes.get(axis, 1) for axis in range(len(wanted)))
-            if shape_fits(complete, wanted):
-                return complete
-    return None
-
-
-def shape_fits(shape: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
-    """Whether an array of ``shape`` can be fed where ``wanted`` is declared."""
-    return len(shape) == len(wanted) and all(
-        have == want or not isinstance(want, int) for have, want in zip(shape, wanted, strict=True)
-    )
-
-
-def _cast(port: Port, array: Array) -> Array:
-    wanted = port.dtype
-    assert wanted is not None
-    if array.dtype == wanted:
-        return array
-    whole = np.dtype(wanted).kind in "iub"
-    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
-        raise OptionError(f"{port.name} must be {wanted} numbers, not {array.dtype}")
-    if whole and array.dtype.kind == "f":
-        raise OptionError(f"{port.name} must be {wanted}, not {array.dtype}")
-    with np.errstate(over="ignore"):
-        result = array.astype(wanted)
-    if whole and array.dtype.kind in "iu" and not np.array_equal(result, array):
-        raise OptionError(f"{port.name} holds numbers that {wanted} cannot")
-    return result
-
-
-def _integers(value: npt.ArrayLike, name: str) -> Array:
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{name} is not an array: {_line(error)}") from None
-    if array.dtype.kind not in "iu":
-        raise OptionError(f"{name} must be whole numbers, not {value!r}")
-    return array.astype(np.int64)
-
-
-def _check_range(target: Array, shape: Sequence[int | str | None], output: str) -> None:
-    """Check indices [N] or [N, r-1] against an output's shape; a negative class is predicted."""
-    columns = target[:, None] if target.ndim == 1 else target
-    for axis, column in enumerate(columns.T, start=1):
-        size = shape[axis] if axis < len(shape) else None
-        bad = column[(column < 0) & (axis > 1)]
-        if isinstance(size, int):
-            bad = np.concatenate([bad, column[column >= size]])
-        if bad.size:
-            what = "classes" if axis == 1 else f"entries along axis {axis}"
-            raise OptionError(
-                f"target {bad[0]} is out of range: output '{output}' has {size} {what} "
-                f"(0 to {size - 1 if isinstance(size, int) else '…'}"
-                + (", or −1 for the predicted one)" if axis == 1 else ")")
-            )
-
-
-def show_shape(shape: Sequence[int | str | None]) -> str:
-    """A shape as text: ``[N, 3, 224, 224]``."""
-    return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
-
-
-# -- ONNX Runtime ----------------------------------------------------------------------------------
-
-
-def onnxruntime() -> ModuleType:
-    """ONNX Runtime, or RuntimeMissingError that says how to get it."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        found = getattr(error, "name", None) == "onnxruntime"
-        raise RuntimeMissingError(
-            "running a model needs ONNX Runtime: pip install onnx-attrib[cpu] (or [gpu])"
-            if found
-            else f"ONNX Runtime cannot be loaded: {_line(error)}"
-        ) from None
-    return onnxruntime
-
-
-def _providers(ort: ModuleType, wanted: Sequence[Provider] | None) -> list[Any]:
-    available = list(ort.get_available_providers())
-    if wanted is None:
-        preferred = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        return [name for name in preferred if name in available]
-    if isinstance(wanted, str):
-        wanted = [wanted]
-    for provider in wanted:
-        name = provider if isinstance(provider, str) else provider[0]
-        if name not in available:
-            raise OptionError(
-                f"this ONNX Runtime has no provider '{name}': {suggest(name, available)}"
-            )
-    return list(wanted)
-
-
-def _session(ort: ModuleType, model: Source, providers: list[Any], name: str) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    if isinstance(model, str | os.PathLike):
-        try:
-            with open(model, "rb"):
-                pass
-        except OSError as error:
-            raise ModelError(f"cannot read {name}: {error.strerror or error}") from None
-        source: str | bytes = os.fspath(model)
-    elif isinstance(model, bytes):
-        source = model
-    elif not is_large(model):
-        source = model.SerializeToString()
-    else:
-        # Past a protobuf message's limit ONNX Runtime reads files only.
-        with tempfile.TemporaryDirectory(prefix="onnx-attrib-") as folder:
-            path = os.path.join(folder, "model.onnx")
-            save(model, path)
-            return _session(ort, path, providers, name)
-    try:
-        return ort.InferenceSession(source, sess_options=options, providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        _refuse_uncompiled(model, name)
-        raise ModelError(f"ONNX Runtime cannot load {name}: {_line(error)}") from None
-
-
-def _refuse_uncompiled(model: Source, name: str) -> None:
-    """Say that a model was never compiled, where that explains more than a failed session."""
-    try:
-        if isinstance(model, str | os.PathLike):
-            model = onnx.load(model, load_external_data=False)
-        elif isinstance(model, bytes):
-            model = onnx.load_from_string(model)
-    except Exception:  # not a model at all: the session's error says so
-        return
-    if model.HasField("graph"):
-        _recipe({prop.key: prop.value for prop in model.metadata_props}, name)
-
-
-def _recipe(metadata: Mapping[str, str], name: str) -> Recipe:
-    recipe = Recipe.read(metadata)
-    if recipe is None:
-        raise ModelError(
-            f"{name} was not compiled by onnx-attrib; first: onnx-attrib compile MODEL.onnx"
-        )
-    return recipe
-
-
-def _port(argument: Any) -> Port:
-    kind = str(argument.type)
-    shape = argument.shape or ()
-    return Port(str(argument.name), _DTYPES.get(kind), tuple(shape))
-
-
-def _bfloat16() -> np.dtype[Any]:
-    return onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)  # type: ignore[no-any-return]
-
-
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(double)": np.dtype(np.float64),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": _bfloat16(),
-    "tensor(bool)": np.dtype(np.bool_),
-    **{f"tensor({np.dtype(t).name})": np.dtype(t) for t in ("i1", "i2", "i4", "i8")},
-    **{f"tensor({np.dtype(t).name})": np.dtype(t) for t in ("u1", "u2", "u4", "u8")},
-}
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-__all__ = ["Explainer", "Explanation", "Port", "Recipe", "fit", "onnxruntime", "show_shape"]
+__all__ = ["Explainer", "Explanation"]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from onnx_attrib import rules
 from onnx_attrib.errors import OptionError
 from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, is_float, static
 from onnx_attrib.job import Baseline, Job
@@ -92,6 +93,8 @@ def keeps_batch_apart(
     """
     carrying = {t.name for t in sources}
     for node in region:
+        if not _keeps_samples_apart(graph, node, batch):
+            return False
         carries = node.op not in _SHAPES and any(t.name in carrying for t in graph.uses(node))
         for tensor in node.outputs:
             if not tensor.name:
@@ -101,6 +104,15 @@ def keeps_batch_apart(
             if is_float(tensor.dtype) and not _apart(graph, tensor, batch, carries):
                 return False
     return True
+
+
+def _keeps_samples_apart(graph: Graph, node: Node, batch: str) -> bool:
+    """Whether the batch is none of the axes that control flow or recurrence go along."""
+    rule = rules.lookup(node.op, node.domain, ())
+    if not isinstance(rule, rules.Structured):
+        return True
+    shape, axis = graph.shape(node.inputs[0]), rule.batch_axis(graph, node)
+    return shape is not None and axis is not None and shape[axis] == batch
 
 
 def captured(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) -> list[Tensor]:

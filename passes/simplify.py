@@ -7,12 +7,15 @@ or common subexpressions. Rewrites, each with its reason:
   for what they need and rely on this: a MaxPool with indices absorbs the model's own, so that the
   pool runs once.
 - a node that no output needs → nothing.
+- a Pad of some axes → one of all axes: when ONNX Runtime 1.31 moves a Transpose past it, it takes
+  the pads to be those of all axes, and fails.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from onnx import NodeProto
 
 from onnx_attrib.ir import Graph, Node, Tensor, subgraphs
@@ -20,9 +23,30 @@ from onnx_attrib.ir import Graph, Node, Tensor, subgraphs
 
 def simplify(graph: Graph) -> None:
     """Sort, share, prune."""
+    pad_all_axes(graph)
     graph.sort()
     shared = share(graph, graph.nodes, {t.name for t in graph.outputs})
     graph.nodes[:] = graph.prune(shared, graph.outputs)
+
+
+def pad_all_axes(graph: Graph) -> None:
+    """Let every Pad name the pads of all axes."""
+    for node in list(graph.nodes):
+        if node.op == "Pad" and not node.domain and len(node.inputs) > 3:
+            rank, axes = len(graph.shape(node.inputs[0]) or ()), graph.value(node.inputs[3])
+            if rank and axes is not None:
+                pads = _of_all_axes(graph, node.inputs[1], axes.astype(np.int64) % rank, rank)
+                node.inputs = [node.inputs[0], pads, node.inputs[2]]
+
+
+def _of_all_axes(graph: Graph, pads: Tensor, axes: np.ndarray, rank: int) -> Tensor:
+    place, zeros = np.concatenate([axes, axes + rank]), np.zeros(2 * rank, np.int64)
+    known = graph.value(pads)
+    if known is not None:
+        zeros[place] = known
+        return graph.constant(zeros)
+    wide: Tensor = graph.op.ScatterElements(zeros, place, graph.op.Cast(pads, to=np.dtype("i8")))
+    return wide
 
 
 def share(graph: Graph, nodes: Sequence[Node], protected: set[str]) -> list[Node]:

@@ -214,17 +214,18 @@ def torch_models(folder: Path) -> None:
     speech = (torch.randn(2, 160, 40),)
     export(trained(Speaker(), "resemblyzer.pt"), "resemblyzer", speech, **one)
     names = {"output_names": ["face", "box"]}
-    face = {"input_names": ["x"], "dynamo": False, "dynamic_axes": {"x": {0: "batch"}}, **names}
+    face = {"input_names": ["x"], "dynamo": False, **names}
+    face["dynamic_axes"] = {"x": {0: "batch", 2: "height", 3: "width"}}
     export(trained(Proposal(), "pnet.pt"), "pnet", (torch.randn(2, 3, 24, 24),), **face)
     export(trained(Refine(), "rnet.pt"), "rnet", (torch.randn(2, 3, 24, 24),), **one, **names)
     from_file = _safetensors(folder / "weights" / "minilm.safetensors")
     weights = {name: torch.from_numpy(value) for name, value in from_file.items()}
     length = torch.export.Dim("length", max=512)
-    ids = torch.ones(2, 7, dtype=torch.int64)
+    ids, mask = torch.full((2, 7), 5), torch.ones(2, 7, dtype=torch.int64)
     export(
         Encoder(weights).eval(),
         "minilm_l6",
-        (ids, ids),
+        (ids, mask),
         input_names=["input_ids", "attention_mask"],
         dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
         dynamo=True,

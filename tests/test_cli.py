@@ -342,6 +342,7 @@ def test_run_arrays(compiled: Path) -> None:
     one, other = json.loads(by_preset)["samples"], json.loads(as_is)["samples"]
     assert sum(s["predicted"]["class"] == i % 10 for i, s in enumerate(one)) > 10
     np.testing.assert_allclose([s["score"] for s in one], [s["score"] for s in other], rtol=1e-4)
+    assert "--preset scales" in call("run", compiled, "--input", "pixels.npz").stderr
     result = call("run", compiled, "--input", "scaled.npy", "--plot", "grid.pdf")
     assert "… and 2 more" in result.stdout
     assert "shows 8 of 12" in result.stderr
@@ -435,6 +436,8 @@ def test_run_several_inputs(tmp_path: Path) -> None:
         (["--input", "bad.npy"], "cannot read 'bad.npy'"),
         (["--input", "two.npz"], "holds a, b"),
         (["--input", "pickled.npy"], "cannot read 'pickled.npy'"),
+        (["--input", "words.npy"], "numbers"),
+        (["--input", "words.npy", "--preset", "zero-one"], "numbers"),
         (["--input", "wide.npy"], "shape [1, 5]"),
         (["--input", "DIGIT", "--target", "10"], "10 classes"),
         (["--input", "DIGIT", "--target", "0,1,2"], "one class"),
@@ -455,6 +458,7 @@ def test_run_refuses(arguments: list[str], expected: str, compiled: Path, tmp_pa
     np.savez("two.npz", a=[1], b=[2])
     np.save("pickled.npy", np.array([{}], object), allow_pickle=True)
     np.save("wide.npy", np.zeros((1, 5)))
+    np.save("words.npy", np.full((1, 1, 28, 28), "a"))
     before = sorted(tmp_path.iterdir())
     given = [a.replace("DIGIT", str(DIGIT)) for a in arguments]
     assert expected in fails("run", compiled, *given)
@@ -497,6 +501,11 @@ def test_inspect(small: Path) -> None:
     report = json.loads(succeeds("inspect", small, "--json"))
     assert report["compilable"] is True
     assert report["squashed"]["before"] == "logits"
+
+
+@pytest.mark.parametrize("flag", ["--input", "--output"])
+def test_inspect_unknown_tensor(flag: str, small: Path) -> None:
+    assert "did you mean 'logits'?" in fails("inspect", small, flag, "logitz")
 
 
 def test_inspect_unsupported(tmp_path: Path) -> None:

@@ -32,10 +32,6 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 pytest.importorskip("onnxruntime")
 
-from onnxruntime.capi.onnxruntime_pybind11_state import (
-    NotImplemented as NotImplemented_,
-)
-
 from onnx_attrib import rules
 
 from . import numeric
@@ -71,11 +67,25 @@ SETTINGS = {
     ("Range", 2),
 }
 
+# Inputs whose shape is part of the network: kernels, and one entry for each axis.
+STATIC = {
+    ("Conv", 1),
+    ("ConvTranspose", 1),
+    ("DeformConv", 1),
+    ("Resize", 1),
+    ("Resize", 2),
+    ("Resize", 3),
+    ("Upsample", 1),
+}
+
 # -- cases that are left out, each with its reason -------------------------------------------------
 
 NEWER = "uses an operator or a type of opset 27 or 28; ONNX Runtime 1.31 loads up to 26"
-NOT_RUN = "ONNX Runtime 1.31 has no CPU kernel for it"
-BINDING = "onnxruntime's Python binding neither takes nor returns bfloat16"
+NOT_RUN = "ONNX Runtime 1.31 does not run it on the CPU"
+BINDING = "onnxruntime's Python binding neither takes nor returns one of its types"
+RANDOM = "draws random numbers"
+LENGTH = "its inputs are sizes and ranges, not data"
+OLD_SCAN = "a Scan of opset 8 loops over a batch of sequences; later ones do not"
 BRANCH = "picks a branch by data, and another at the baseline; each branch has inputs of its own"
 FLAT = "its derivative is zero or undefined wherever it is defined"
 TRAINING = "training mode: statistics of the batch or a random mask"
@@ -83,6 +93,16 @@ TRAINING = "training mode: statistics of the batch or a random mask"
 EXCLUDED = {
     "test_pow_types_float32_uint32": NOT_RUN,
     "test_pow_types_float32_uint64": NOT_RUN,
+    "test_gru_batchwise": NOT_RUN,
+    "test_lstm_batchwise": NOT_RUN,
+    "test_simple_rnn_batchwise": NOT_RUN,
+    "test_mod_float64_mixed_sign_fmod_0": NOT_RUN,
+    "test_mod_float32_mixed_sign_fmod_0": NOT_RUN,
+    "test_mod_float16_mixed_sign_fmod_0": NOT_RUN,
+    "test_mod_float_edge_cases_fmod_0_float16": NOT_RUN,
+    "test_mod_float_edge_cases_fmod_0_float32": NOT_RUN,
+    "test_mod_float_edge_cases_fmod_0_float64": NOT_RUN,
+    "test_scan_sum": OLD_SCAN,
 }
 """Single cases, by name."""
 
@@ -95,6 +115,13 @@ NOT_CONSERVED = {
     "test_prelu_broadcast_expanded": BRANCH,
 }
 """Cases that cannot conserve once all of their inputs are attributed."""
+
+UNBOUND = frozenset(
+    value
+    for name, value in TensorProto.DataType.items()
+    if name.startswith(("BFLOAT16", "FLOAT8", "FLOAT4", "INT4", "UINT4", "INT2", "UINT2"))
+)
+"""Element types that numpy lacks."""
 
 FLAT_OPERATORS = frozenset("Ceil Floor Round Sign ArgMax ArgMin Hardmax".split())
 
@@ -134,7 +161,9 @@ REASONS: list[tuple[str, Callable[[Case], bool]]] = [
     ("no tensor of floats goes in, or none comes out", lambda c: not comes_and_goes(c)),
     (FLAT, lambda c: c.operator in FLAT_OPERATORS),
     (TRAINING, trains),
-    (BINDING, lambda c: TensorProto.BFLOAT16 in element_types(c)),
+    (RANDOM, lambda c: c.operator == "Bernoulli"),
+    (LENGTH, lambda c: c.operator in ("MelWeightMatrix", "Range")),
+    (BINDING, lambda c: bool(element_types(c) & UNBOUND)),
     (NEWER, lambda c: lowered(c.model) is None),
 ]
 
@@ -189,8 +218,26 @@ def load_cases(folder: Path | None) -> list[Case]:
             operator = model.graph.node[-1].op_type
         names = [info.name for info in model.graph.input]
         arrays = {k: _array(v) for k, v in zip(names, values, strict=False)}
-        cases.append(Case(name, operator, model, arrays))
+        cases.append(cropped(Case(name, operator, model, arrays)))
     return cases
+
+
+def cropped(case: Case) -> Case:
+    """A pool over fewer entries: the reference evaluator loops over them in Python."""
+    if case.operator not in ("AveragePool", "LpPool", "MaxPool"):
+        return case
+    name = case.model.graph.input[0].name
+    value = case.values[name]
+    size = {4: 12, 5: 11}.get(value.ndim, 64)
+    smaller = value[(slice(None), slice(None), *[slice(size)] * (value.ndim - 2))]
+    if smaller.shape == value.shape:
+        return case
+    model = ModelProto()
+    model.CopyFrom(case.model)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    for dim, length in zip(dims, smaller.shape, strict=True):
+        dim.dim_value = length
+    return Case(case.name, case.operator, numeric.symbolic(model, lambda *_: None), {name: smaller})
 
 
 def _array(value: Any) -> Any:
@@ -293,16 +340,27 @@ def formed(case: Case, form: str) -> tuple[ModelProto, list[str], str]:
         weights = {name: v for name, v in case.values.items() if name != inputs[0]}
         inputs = inputs[:1]
         model = numeric.frozen(model, weights)
-        model = numeric.symbolic(model, lambda name, axis: "N" if axis == 0 else None)
+        if not any(follows(case.values[inputs[0]], weight) for weight in weights.values()):
+            model = numeric.symbolic(model, lambda name, axis: "N" if axis == 0 else None)
     elif form == "symbolic":
-        kernels = {n.input[1] for n in model.graph.node if n.op_type in ("Conv", "ConvTranspose")}
+        kernels = {
+            name
+            for node in model.graph.node
+            for i, name in enumerate(node.input)
+            if (node.op_type, i) in STATIC
+        }
         model = numeric.symbolic(
-            # The size of a kernel is part of the network.
             model,
             lambda name, axis: None if name in kernels else f"{name}_{axis}",
         )
     model, output = numeric.joined(model)
     return model, inputs, output
+
+
+def follows(data: Array, weight: Array) -> bool:
+    """Whether a float input has the data's batch, so that as a weight it would fix the batch."""
+    floats = weight.dtype.kind == "f" and weight.ndim == data.ndim > 0
+    return floats and weight.shape[0] == data.shape[0] > 1
 
 
 def seed_of(case: Case, form: str) -> int:
@@ -361,8 +419,9 @@ def test_required_operators_have_rules_and_cases(request: pytest.FixtureRequest)
 
 @pytest.mark.parametrize("name", [name for name, text in EXCLUDED.items() if text == NOT_RUN])
 def test_excluded_cases_do_not_run(name: str, request: pytest.FixtureRequest) -> None:
+    """The reason given is still true."""
     case = _cases(_folder(request.config))[name]
     model = lowered(case.model)
     assert model is not None
-    with pytest.raises(NotImplemented_):
-        numeric.session(model)
+    with pytest.raises(Exception, match="ONNXRuntimeError"):
+        numeric.run(model, case.values)

@@ -11,9 +11,9 @@ from PIL import Image
 
 from onnx_attrib import plot
 from onnx_attrib.errors import CompileError, OptionError
+from onnx_attrib.feeds import Port
 from onnx_attrib.images import PRESETS, Scaling, geometry, load_picture, read_pixels
 from onnx_attrib.plot import Panel, as_pixels, draw, limit, panel_of, save
-from onnx_attrib.runtime import Port
 
 RNG = np.random.default_rng(0)
 

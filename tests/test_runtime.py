@@ -15,8 +15,8 @@ from onnx import ModelProto
 
 import onnx_attrib
 from onnx_attrib import Explainer, ModelError, OptionError
+from onnx_attrib.feeds import Port, fit
 from onnx_attrib.model_io import save
-from onnx_attrib.runtime import Port, fit
 
 MODELS = Path(__file__).parent.parent / "models"
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'

@@ -68,7 +68,7 @@ def forgiving_streams() -> None:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-class TargetType(click.ParamType):
+class TargetType(click.ParamType):  # type: ignore[type-arg]
     """``input``, ``argmax``, ``seed``, an index, or indices with commas between them."""
 
     name = "target"
@@ -85,7 +85,7 @@ class TargetType(click.ParamType):
     ) -> str | int | tuple[int, ...]:
         """Read the text of a target."""
         if not isinstance(value, str) or value in self.modes:
-            return value  # type: ignore[no-any-return]
+            return value
         try:
             indices = tuple(int(part) for part in value.replace("−", "-").split(","))
         except ValueError:
@@ -94,7 +94,7 @@ class TargetType(click.ParamType):
         return indices[0] if len(indices) == 1 else indices
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType):  # type: ignore[type-arg]
     """Numbers with commas between them."""
 
     name = "numbers"
@@ -108,7 +108,7 @@ class Numbers(click.ParamType):
     ) -> tuple[float, ...]:
         """Read the text of the numbers; a fraction such as 1/255 is one."""
         if not isinstance(value, str):
-            return value  # type: ignore[no-any-return]
+            return value
         try:
             return tuple(_number(part) for part in value.replace("−", "-").split(","))
         except (ValueError, ZeroDivisionError):

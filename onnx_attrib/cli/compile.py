@@ -20,11 +20,11 @@ from onnx_attrib.cli.common import (
 )
 from onnx_attrib.compiler import prepare
 from onnx_attrib.errors import CompileError
+from onnx_attrib.feeds import show_shape
 from onnx_attrib.inspection import behind_softmax
 from onnx_attrib.ir import Graph, Tensor
 from onnx_attrib.job import Job
 from onnx_attrib.model_io import save
-from onnx_attrib.runtime import show_shape
 
 
 @click.command(

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from onnx_attrib.cli.common import chosen_method, json_option, print_json, progress, rows
+from onnx_attrib.feeds import show_shape
 from onnx_attrib.inspection import Inspection, Layer, TensorInfo, inspect
-from onnx_attrib.runtime import Recipe, show_shape
+from onnx_attrib.recipe import Recipe
 
 _SHOWN = 20
 

@@ -14,6 +14,7 @@ from onnx_attrib.rules import (  # noqa: F401  (each module enters its rows)
     recurrent,
     quantization,
     reduction,
+    regions,
     resize,
     sampling,
     shape,

@@ -262,11 +262,13 @@ class Structured(Rule):
     ``pull(sweep, site)`` emits the cotangents of the active inputs, and has the sweep go through
     what is inside, so one row serves every method. The inputs of a node that holds subgraphs are
     followed by what these capture (:func:`onnx_attrib.ir.operands`). ``transparent``: the
-    operators inside are the model's own, and messages name them.
+    operators inside are the model's own, and messages name them. ``batch_axis(graph, node)``: the
+    axis of the first input along which samples stay apart, or None where that is not known.
     """
 
     pull: Callable[[Walker, Site], dict[int, Tensor]]
     transparent: bool = True
+    batch_axis: Callable[[Graph, Node], int | None] = lambda graph, node: None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,9 @@ at x) and differences (values at the midpoint). Sums are here too: they are the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations
+
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Bilinear, Composite, Elementwise, Linear, Site, add, only
 from onnx_attrib.rules.elementwise import ref
@@ -126,3 +129,43 @@ def gemm_pull(s: Site, i: int) -> Tensor:
 
 
 add(Bilinear(op="Gemm", pull=gemm_pull, broadcasts=True))
+
+# -- determinants ----------------------------------------------------------------------------------
+
+_LARGEST_DETERMINANT = 6
+
+
+def determinant(s: Site) -> list[Tensor]:
+    """Laplace expansion row by row: the minors of the last rows, for each choice of columns."""
+    op, order = s.op, (s.shape(s.x()) or (None,))[-1]
+    if not isinstance(order, int) or order > _LARGEST_DETERMINANT:
+        raise Unsupported(f"a determinant of more than {_LARGEST_DETERMINANT} rows, or unknown many")
+    entries = [
+        split(s, row, order, axis=-1) for row in split(s, s.x(), order, axis=-2)
+    ]
+    minors = {(column,): entries[-1][column] for column in range(order)}
+    for size in range(2, order + 1):
+        row = entries[order - size]
+        larger = {}
+        for columns in combinations(range(order), size):
+            total = None
+            for k, column in enumerate(columns):
+                term = op.Mul(row[column], minors[columns[:k] + columns[k + 1 :]])
+                if total is None:
+                    total = term
+                else:
+                    total = op.Sub(total, term) if k % 2 else op.Add(total, term)
+            larger[columns] = total
+        minors = larger
+    return [op.Squeeze(minors[tuple(range(order))], [-2, -1])]
+
+
+def split(s: Site, tensor: Tensor, count: int, axis: int) -> Sequence[Tensor]:
+    """The entries along an axis, each with the axis at size 1."""
+    if count == 1:
+        return [tensor]
+    parts: Sequence[Tensor] = s.op.Split(tensor, axis=axis, num_outputs=count, outputs=count)
+    return parts
+
+
+add(Composite(op="Det", decompose=determinant))

@@ -147,6 +147,17 @@ add(Composite(op="GroupNormalization", decompose=group_definition))
 add(Composite(op="MeanVarianceNormalization", decompose=mean_variance_definition))
 
 
+def norm_definition(s: Site) -> Sequence[Tensor]:
+    """x / ‖x‖ along an axis, and zero where the norm is."""
+    op, axis = s.op, [s.attr("axis")]
+    norm = (op.ReduceL1 if s.attr("p") == 1 else op.ReduceL2)(s.x(), axis, keepdims=1)
+    safe = op.Where(op.Equal(norm, 0.0), 1.0, norm)
+    return [op.Mul(s.x(), op.Reciprocal(safe))]
+
+
+add(Composite(op="LpNormalization", decompose=norm_definition))
+
+
 def batch_factor(s: Site) -> Tensor:
     """scale / √(variance + ε), per channel; ONNX Runtime folds it at load time."""
     op = s.op

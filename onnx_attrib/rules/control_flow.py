@@ -34,6 +34,11 @@ def captures(site: Site) -> dict[str, int]:
     return {t.name: i for i, t in enumerate(operands(site.node)) if i >= first}
 
 
+def label(site: Site) -> str:
+    """The node's name, or its first output's."""
+    return str(site.node.name or next(t.name for t in site.node.outputs if t.name))
+
+
 def check_types(body: GraphProto) -> None:
     """Raise Unsupported for subgraphs that take or give anything but tensors."""
     for info in (*body.input, *body.output):
@@ -51,7 +56,7 @@ def if_pull(walker: Walker, site: Site) -> dict[int, Tensor]:
     through the branch taken; zeros for those that it does not use.
     """
     if site.reference is not None and site.reference.x(0).name != site.x(0).name:
-        walker.note(BRANCH_DIFFERS.format(site.node.name))
+        walker.note(BRANCH_DIFFERS.format(label(site)))
     branches = {key: _branch(walker, site, key) for key in ("then_branch", "else_branch")}
     emitted = site.op.If(site.x(0), outputs=len(site.active), **branches)
     results = emitted if isinstance(emitted, tuple) else (emitted,)
@@ -391,7 +396,7 @@ class Reverse:
         goes_on = outputs[0].name in depends(self.graph, nodes, moved)
         if not goes_on and not any(_differ(x, r) for x, r in pairs):
             return None
-        self.walker.note(STEPS_DIFFER.format(site.node.name))
+        self.walker.note(STEPS_DIFFER.format(label(site)))
         op = self.graph.op
         counts = [
             op.Size(self._track(side, self.formals[0], 0, outputs).source)

@@ -271,7 +271,7 @@ def _zeros(s: Site, x: Tensor) -> Tensor:
     """An initial state [N, H] that was left out."""
     op, shape, size = s.op, s.shape(x), hidden_size(s)
     batch = shape[1] if shape is not None else None
-    if isinstance(batch, int):
+    if isinstance(batch, int) and batch > 1:
         return s.graph.constant(np.zeros((batch, size), s.graph.dtype(x)))
     zeros = op.ConstantOfShape(
         op.Concat(op.Shape(x, start=1, end=2), [size], axis=0),
@@ -422,4 +422,12 @@ def _values(traces: list[list[Tensor]], values: list[list[Tensor]]) -> dict[str,
 
 
 for name in KINDS:
-    add(Structured(op=name, pull=recurrent_pull, blocked=frozenset({LENGTHS}), transparent=False))
+    add(
+        Structured(
+            op=name,
+            pull=recurrent_pull,
+            blocked=frozenset({LENGTHS}),
+            transparent=False,
+            batch_axis=lambda graph, node: 0 if graph.attr(node, "layout") else 1,
+        )
+    )

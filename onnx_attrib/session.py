@@ -1,0 +1,122 @@
+"""ONNX Runtime, where it is installed: sessions for compiled models."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_attrib.errors import ModelError, OptionError, RuntimeMissingError, suggest
+from onnx_attrib.feeds import Port, line
+from onnx_attrib.model_io import Source, is_large, save
+from onnx_attrib.recipe import Recipe
+
+Provider = str | tuple[str, Mapping[str, Any]]
+
+_ERRORS_ONLY = 3
+"""ONNX Runtime's severity: its warnings are about graphs, and of no use to who runs one."""
+
+
+def onnxruntime() -> ModuleType:
+    """ONNX Runtime, or RuntimeMissingError that says how to get it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        found = getattr(error, "name", None) == "onnxruntime"
+        raise RuntimeMissingError(
+            "running a model needs ONNX Runtime: pip install onnx-attrib[cpu] (or [gpu])"
+            if found
+            else f"ONNX Runtime cannot be loaded: {line(error)}"
+        ) from None
+    return onnxruntime
+
+
+def providers_for(ort: ModuleType, wanted: Sequence[Provider] | None) -> list[Any]:
+    available = list(ort.get_available_providers())
+    if wanted is None:
+        preferred = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        return [name for name in preferred if name in available]
+    if isinstance(wanted, str):
+        wanted = [wanted]
+    for provider in wanted:
+        name = provider if isinstance(provider, str) else provider[0]
+        if name not in available:
+            raise OptionError(
+                f"this ONNX Runtime has no provider '{name}': {suggest(name, available)}"
+            )
+    return list(wanted)
+
+
+def open_session(ort: ModuleType, model: Source, providers: list[Any], name: str) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if isinstance(model, str | os.PathLike):
+        try:
+            with open(model, "rb"):
+                pass
+        except OSError as error:
+            raise ModelError(f"cannot read {name}: {error.strerror or error}") from None
+        source: str | bytes = os.fspath(model)
+    elif isinstance(model, bytes):
+        source = model
+    elif not is_large(model):
+        source = model.SerializeToString()
+    else:
+        # Past a protobuf message's limit ONNX Runtime reads files only.
+        with tempfile.TemporaryDirectory(prefix="onnx-attrib-") as folder:
+            path = os.path.join(folder, "model.onnx")
+            save(model, path)
+            return open_session(ort, path, providers, name)
+    try:
+        return ort.InferenceSession(source, sess_options=options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        _refuse_uncompiled(model, name)
+        raise ModelError(f"ONNX Runtime cannot load {name}: {line(error)}") from None
+
+
+def _refuse_uncompiled(model: Source, name: str) -> None:
+    """Say that a model was never compiled, where that explains more than a failed session."""
+    try:
+        if isinstance(model, str | os.PathLike):
+            model = onnx.load(model, load_external_data=False)
+        elif isinstance(model, bytes):
+            model = onnx.load_from_string(model)
+    except Exception:  # not a model at all: the session's error says so
+        return
+    if model.HasField("graph"):
+        recipe_of({prop.key: prop.value for prop in model.metadata_props}, name)
+
+
+def recipe_of(metadata: Mapping[str, str], name: str) -> Recipe:
+    recipe = Recipe.read(metadata)
+    if recipe is None:
+        raise ModelError(
+            f"{name} was not compiled by onnx-attrib; first: onnx-attrib compile MODEL.onnx"
+        )
+    return recipe
+
+
+def port_of(argument: Any) -> Port:
+    kind = str(argument.type)
+    shape = argument.shape or ()
+    return Port(str(argument.name), _DTYPES.get(kind), tuple(shape))
+
+
+def _bfloat16() -> np.dtype[Any]:
+    return onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
+
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": _bfloat16(),
+    "tensor(bool)": np.dtype(np.bool_),
+    **{f"tensor({np.dtype(t).name})": np.dtype(t) for t in ("i1", "i2", "i4", "i8")},
+    **{f"tensor({np.dtype(t).name})": np.dtype(t) for t in ("u1", "u2", "u4", "u8")},
+}
