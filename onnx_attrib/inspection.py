@@ -27,12 +27,6 @@ _SQUASHING = frozenset(("Softmax", "LogSoftmax", "Sigmoid"))
 _PASSING = frozenset(
     "Identity Reshape Flatten Squeeze Unsqueeze Transpose Cast Dropout Slice Split Gather".split()
 )
-_CLASSES: dict[type[rules.Rule], str] = {
-    rules.Elementwise: "elementwise",
-    rules.Bilinear: "bilinear",
-    rules.MaxLike: "max-like",
-    rules.Composite: "composite",
-}
 _WEIGHTED = frozenset("Conv ConvTranspose Gemm MatMul LSTM GRU RNN".split())
 _NORMALISING = frozenset(
     "BatchNormalization LayerNormalization InstanceNormalization GroupNormalization "
@@ -336,13 +330,16 @@ def _nonlinearities(
         cluster = next((clusters[t.name] for t in node.outputs if t.name in clusters), None)
         if cluster is not None:
             key = "+".join(n.op for n in cluster.nodes), "cluster"
-        elif id(node) in inside or rule is None or type(rule) not in _CLASSES:
+        elif id(node) in inside or rule is None or isinstance(rule, rules.Linear | rules.Barrier):
             continue
         elif isinstance(rule, rules.Bilinear) and len(indices) < 2:
             # Linear in the one operand that varies: a layer with constant weights.
             continue
         else:
-            key = node.op, _CLASSES[type(rule)]
+            key = (
+                node.op,
+                "max-like" if isinstance(rule, rules.MaxLike) else type(rule).__name__.lower(),
+            )
         groups.setdefault(key, []).append(name)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     return [Nonlinearity(op, rule, tuple(nodes)) for (op, rule), nodes in ordered]

@@ -43,6 +43,8 @@ _PLAIN_ATTRIBUTES = {
     AttributeProto.STRINGS: "strings",
 }
 _SMALL = 4096
+INTERNAL = "onnx_attrib"
+"""The domain of operators that never leave the compiler: see :func:`spelled_out`."""
 
 
 def is_float(dtype: Any) -> bool:
@@ -93,6 +95,12 @@ def operands(node: Node) -> list[Tensor]:
     return [*node.inputs, *_captures(node)]
 
 
+def bodies(node: Node) -> list[GraphProto]:
+    """The subgraphs that a node holds."""
+    kept = _kept(node)
+    return [] if kept is None else list(subgraphs(kept))
+
+
 def _captures(node: Node) -> list[Tensor]:
     """Outer tensors that a node's subgraphs read, each once."""
     return getattr(node, "captures", [])
@@ -135,6 +143,22 @@ def _is_plain(attribute: AttributeProto) -> bool:
         except UnicodeDecodeError:
             return False
     return True
+
+
+def annotate(node: Node, op_type: str, *extra: Tensor) -> None:
+    """Turn a node into one of the compiler's own that reads ``extra`` after its own inputs."""
+    node.attrs.update(was=node.op, count=len(node.inputs))
+    node.op, node.domain = op_type, INTERNAL
+    node.inputs = [*node.inputs, *extra]
+
+
+def spelled_out(nodes: Sequence[Node]) -> Sequence[Node]:
+    """The nodes, with those that were annotated turned back into what they were."""
+    for node in nodes:
+        if node.domain == INTERNAL:
+            node.op, node.domain = node.attrs.pop("was"), None
+            node.inputs = list(node.inputs)[: node.attrs.pop("count")]
+    return nodes
 
 
 class Values:
@@ -182,6 +206,7 @@ class Graph:
                 setattr(self._header, field.name, value)
             elif field.name == "model_version":
                 self._header.model_version = value
+        self._imports = {o.domain: o.version for o in model.opset_import if o.domain}
         self._graph_metadata = list(model.graph.metadata_props)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         kept = [self._set_aside(node) for node in model.graph.node]
@@ -251,15 +276,13 @@ class Graph:
         """What a node reads: its inputs, then what its subgraphs capture."""
         return [tensor for tensor in operands(node) if tensor.name]
 
-    @staticmethod
-    def holds_subgraph(node: Node) -> bool:
-        """Whether the node is control flow: If, Loop, Scan."""
-        kept = _kept(node)
-        return kept is not None and any(True for _ in subgraphs(kept))
-
     def proto(self, node: Node) -> NodeProto:
         """The node as ONNX writes it, with everything graphsurgeon set aside restored."""
         return self._restore(OnnxExporter.export_node(node), node)
+
+    def version(self, domain: str | None) -> int:
+        """The version of a domain's operators that the model imports."""
+        return self._imports.get(domain, 1) if domain else OPSET
 
     def attr(self, node: Node, name: str) -> Any:
         """An attribute's value, or the operator's default for it, or None."""
@@ -270,7 +293,7 @@ class Graph:
         for attribute in kept.attribute if kept else ():
             if attribute.name == name:
                 return helper.get_attribute_value(attribute)
-        schema = onnx.defs.get_schema(node.op, OPSET, node.domain or "")
+        schema = onnx.defs.get_schema(node.op, self.version(node.domain), node.domain or "")
         declared = schema.attributes.get(name)
         if declared is None or not declared.default_value.name:
             return None
@@ -394,14 +417,14 @@ class Graph:
 
     def infer(self, node: Node) -> None:
         """Set dtype and shape of a node's outputs by the operator's own inference function."""
-        schema = onnx.defs.get_schema(node.op, OPSET, node.domain or "")
+        schema = onnx.defs.get_schema(node.op, self.version(node.domain), node.domain or "")
         types = {t.name: _type_proto(t) for t in node.inputs if t.name and t.dtype is not None}
         data = {
             t.name: onnx.numpy_helper.from_array(np.asarray(t.values), t.name)
             for t in node.inputs
             if isinstance(t, gs.Constant) and np.prod(t.shape) <= 64
         }
-        if self.holds_subgraph(node):
+        if bodies(node):
             return
         untyped = [t.name for t in node.inputs if t.name and t.name not in types]
         if untyped:
@@ -567,7 +590,7 @@ class Graph:
         What does not depend on the subgraph's inputs is emitted outside instead: it is computed
         once, not in every iteration. Unless ``hoist`` is false: a branch must not run untaken.
         """
-        live = self.prune(self.sorted(nodes), outputs)
+        live = self.prune(self.sorted(spelled_out(nodes)), outputs)
         varying = {tensor.name for tensor in inputs}
         inner: list[Node] = []
         for node in live:
@@ -657,6 +680,9 @@ class Graph:
 
     def _infer_more(self, node: Node) -> None:
         """Infer types and shapes; keep the declared sizes that inference leaves open."""
+        typed = all(tensor.dtype is not None for tensor in node.inputs if tensor.name)
+        if not typed or not onnx.defs.has(node.op, node.domain or ""):
+            return
         declared = [self.shape(tensor) for tensor in node.outputs]
         self.infer(node)
         for tensor, known in zip(node.outputs, declared, strict=True):
@@ -696,7 +722,8 @@ class Graph:
         """The model as ONNX: opset 21, IR 10, metadata restored."""
         self.gs.opset = OPSET
         self.gs.ir_version = IR_VERSION
-        self.gs.import_domains = None
+        imports = {"": OPSET, **self._imports}
+        self.gs.import_domains = [helper.make_opsetid(*entry) for entry in imports.items()]
         model = gs.export_onnx(self.gs, do_type_check=False)
         for exported, node in zip(model.graph.node, self.nodes, strict=True):
             self._restore(exported, node)
@@ -770,6 +797,7 @@ def _type_proto(tensor: Tensor) -> TypeProto:
 
 
 __all__ = [
+    "INTERNAL",
     "IR_VERSION",
     "OPSET",
     "Dim",
@@ -780,6 +808,7 @@ __all__ = [
     "Tensor",
     "TensorProto",
     "Values",
+    "bodies",
     "captured_names",
     "is_float",
     "is_narrow",

@@ -117,8 +117,10 @@ def rotary_embedding(w: Writer, c: Call) -> Sequence[str | None]:
     """Pairs of entries of each head, turned by the angle of the token's position."""
     op, flat = w.op, c.rank() == 3
     x = c.x(0)
-    heads = op.Reshape(x, [0, 0, c.attr("num_heads"), -1]) if flat else op.Transpose(
-        x, perm=[0, 2, 1, 3]
+    heads = (
+        op.Reshape(x, [0, 0, c.attr("num_heads"), -1])
+        if flat
+        else op.Transpose(x, perm=[0, 2, 1, 3])
     )
     turned, rest, size = heads, None, c.attr("rotary_embedding_dim")
     if size:
@@ -203,7 +205,7 @@ def head_counts(c: Call) -> tuple[Dim, Dim]:
     return (c.shape(0) or (None,) * 4)[1], (c.shape(1) or (None,) * 4)[1]
 
 
-def shared_heads(w: Writer, c: Call, q: Any, tensor: str) -> str:
+def shared_heads(w: Writer, c: Call, q: Any, tensor: Any) -> Any:
     """Keys or values [N, H, S, D], each head repeated for the queries that share it."""
     op, (queries, keys) = w.op, head_counts(c)
     if queries == keys and queries is not None:
@@ -217,8 +219,7 @@ def shared_heads(w: Writer, c: Call, q: Any, tensor: str) -> str:
         repeat = op.Concat([1, 1], shared, [1, 1], axis=0)
     expanded = op.Expand(op.Unsqueeze(tensor, [2]), repeat)
     shape = op.Concat([0], wanted, op.Shape(tensor, start=2), axis=0)
-    result: str = op.Reshape(expanded, shape)
-    return result
+    return op.Reshape(expanded, shape)
 
 
 def scaled(w: Writer, c: Call, q: Any) -> str:
@@ -228,11 +229,11 @@ def scaled(w: Writer, c: Call, q: Any) -> str:
     if factor is None and isinstance(size, int):
         heads = c.attr("q_num_heads") if c.rank() == 3 else 1
         factor = math.sqrt(heads / size)
-    if factor is not None:
-        result: str = op.Mul(q, scalar(factor, dtype))
-        return result
-    length = op.CastLike(op.Shape(q, start=3, end=4), c.x(0))
-    result = op.Div(q, op.Sqrt(length))
+    if factor is None:
+        root = op.Sqrt(op.CastLike(op.Shape(q, start=3, end=4), c.x(0)))
+        divided: str = op.Div(q, root)
+        return divided
+    result: str = op.Mul(q, scalar(factor, dtype))
     return result
 
 
@@ -247,15 +248,16 @@ def attention_bias(w: Writer, c: Call, q: Any, k: str) -> tuple[str | None, str 
         mask = None
     elif mask is None and not conditions:
         return None, None
-    minus_infinity, bias = scalar(-np.inf, dtype), mask
+    # As ONNX Runtime has it: the lowest number excludes, and does not become NaN in a difference.
+    lowest = scalar(np.finfo(np.float32 if dtype.kind != "f" else dtype).min, dtype)
+    bias = mask
     if conditions:
         allowed = conditions[0]
         for condition in conditions[1:]:
             allowed = op.And(allowed, condition)
-        bias = op.Where(allowed, scalar(0, dtype) if mask is None else mask, minus_infinity)
+        bias = op.Where(allowed, scalar(0, dtype) if mask is None else mask, lowest)
     if certain and not c.has(3):
         return bias, None
-    lowest = scalar(np.finfo(np.float32 if dtype.kind != "f" else dtype).min, dtype)
     best = op.ReduceMax(bias, [-1], keepdims=1)
     return bias, op.LessOrEqual(best, lowest)
 
@@ -295,7 +297,7 @@ def full_length(w: Writer, c: Call, k: str) -> str:
     if keys_known(c) == (c.shape(3) or (None,))[-1] and keys_known(c) is not None:
         return mask
     missing = op.Sub(op.Shape(k, start=2, end=3), op.Shape(mask, start=-1))
-    filler = np.array(False) if dtype == np.bool_ else scalar(-np.inf, dtype)
+    filler = np.zeros((), dtype) if dtype == np.bool_ else scalar(-np.inf, dtype)
     padded: str = op.Pad(mask, op.Concat([0], missing, axis=0), filler, [-1])
     return padded
 

@@ -16,6 +16,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 
 from onnx_attrib.ir import Shape, subgraphs
+from onnx_attrib.ml_types import complete
 
 Types = Mapping[str, TypeProto]
 
@@ -203,6 +204,33 @@ def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
         yield node
         for inner in subgraphs(node):
             yield from all_nodes(inner)
+
+
+# What ONNX infers nothing for, and an operator whose output is like the first input as well.
+_ALIKE = {"GroupNormalization": "InstanceNormalization"}
+
+
+def infer_shapes(model: ModelProto, **options: bool) -> ModelProto:
+    """ONNX's type and shape inference, also past operators that it knows nothing about."""
+    nodes = list(all_nodes(model.graph))
+    unknown = {
+        k: node.op_type
+        for k, node in enumerate(nodes)
+        if not node.domain and node.op_type in _ALIKE
+    }
+    for k, name in unknown.items():
+        nodes[k].op_type = _ALIKE[name]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, **options)
+    finally:
+        for k, name in unknown.items():
+            nodes[k].op_type = name
+    results = list(all_nodes(inferred.graph)) if unknown else []
+    for k, name in unknown.items():
+        results[k].op_type = name
+    if complete(inferred.graph, declared(inferred.graph)):
+        return infer_shapes(inferred, **options)
+    return inferred
 
 
 def declared(graph: GraphProto) -> dict[str, TypeProto]:

@@ -33,6 +33,7 @@ from onnx_attrib.writer import (
     Writer,
     all_nodes,
     constant_values,
+    infer_shapes,
 )
 
 
@@ -55,7 +56,7 @@ def _rewrite(
 ) -> ModelProto:
     if not any(choose(node) for node in all_nodes(model.graph)):
         return model
-    model = onnx.shape_inference.infer_shapes(model)
+    model = infer_shapes(model)
     rewriter = Rewriter(choose, version)
     rewriter.run(model)
     _refuse(version, rewriter.refused)

@@ -128,6 +128,8 @@ class Sweep:
                 seeds[y.name] = graph.op.Add(seeds[y.name], m) if y.name in seeds else m
         wanted = {site.x(i).name: i for i in reversed(site.active)}
         active = flow(nodes, set(wanted))
+        ends = [y for y in outputs if y is not None and y.name in seeds]
+        check_rules([n for n in graph.prune(nodes, ends) if active_inputs(n, active)])
         inner = Sweep(
             graph, table or self.table, at, reference, {}, self.reference_dims, self.notes
         )
@@ -240,7 +242,10 @@ def flow(nodes: Sequence[Node], roots: set[str]) -> set[str]:
     """Names of the tensors that ``roots`` reach through differentiable operators."""
     active = set(roots)
     for node in nodes:
-        if active_inputs(node, active):
+        inside = rules.reach(node.op, node.domain)
+        if inside is not None:
+            active |= inside(node, active)
+        elif active_inputs(node, active):
             # Indices and the like (MaxPool, TopK, Cast to an integer) carry nothing back.
             active.update(t.name for t in node.outputs if t.name and _may_carry(t))
     return active
@@ -254,6 +259,20 @@ def offence(node: Node, reason: str) -> Offence:
     """A node that cannot be handled, for an UnsupportedOpError."""
     label = node.name or (node.outputs[0].name if node.outputs else "")
     return Offence(node.op, node.domain or "", OPSET, label, reason)
+
+
+def check_rules(nodes: Sequence[Node]) -> None:
+    """Raise UnsupportedOpError with all nodes whose operators have no rule."""
+    missing = [
+        offence(node, "no rule for this operator")
+        for node in nodes
+        if not rules.known(node.op, node.domain)
+    ]
+    if missing:
+        raise UnsupportedOpError(
+            missing,
+            "Attribute a tensor behind these nodes (--input NAME), or see 'onnx-attrib inspect'.",
+        )
 
 
 def _stand_ins(site: Site) -> Shares:
@@ -271,4 +290,4 @@ def _stand_in(cluster: Cluster) -> Node:
     return node
 
 
-__all__ = ["Sweep", "active_inputs", "differentiate", "flow", "is_full", "offence"]
+__all__ = ["Sweep", "active_inputs", "check_rules", "differentiate", "flow", "is_full", "offence"]

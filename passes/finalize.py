@@ -46,21 +46,43 @@ def _output(graph: Graph, value: Tensor, name: str, like: Tensor | None) -> Tens
 
 
 def _residual(job: Job, attributions: list[Tensor]) -> Tensor:
-    """Σ attribution − (S(x) − S(x̄)) for each sample, shape [N]."""
+    """Σ attribution − (S(x) − S(x̄)) for each sample, shape [N].
+
+    Where inputs and output do not lead with the same samples, one sum for all, shape [1].
+    """
     graph, op, output = job.graph, job.graph.op, job.scope.output
     if job.reference is None:
         raise LookupError("delta without a reference")
     inner = {t.name for node in job.scope.dependent for t in node.outputs}
-    total = None
-    for tensor, attribution in zip(job.scope.inputs, attributions, strict=True):
-        if tensor.name in inner:
-            # Counted already through the attributed tensor it is computed from.
-            continue
-        part = _per_sample(graph, attribution)
-        total = part if total is None else op.Add(total, part)
     difference = op.Sub(output, job.reference(output))
-    change = _per_sample(graph, op.Mul(job.seed, difference))
+    # What an attributed tensor is computed from is counted through that tensor.
+    counted = [
+        attribution
+        for tensor, attribution in zip(job.scope.inputs, attributions, strict=True)
+        if tensor.name not in inner
+    ]
+    change, *parts = _aligned(
+        graph, [_per_sample(graph, t) for t in (op.Mul(job.seed, difference), *counted)]
+    )
+    total = parts[0]
+    for part in parts[1:]:
+        total = op.Add(total, part)
     return op.Sub(total, change)
+
+
+def _aligned(graph: Graph, sums: list[Tensor]) -> list[Tensor]:
+    """The sums of each sample as they are if all have as many samples, else one sum of each."""
+    op, sizes = graph.op, {(graph.shape(t) or (None,))[0] for t in sums}
+    if len(sizes) == 1 and None not in sizes:
+        return sums
+    if len({size for size in sizes if isinstance(size, int)}) > 1:
+        return [op.ReduceSum(t, keepdims=1) for t in sums]
+    first, *others = [op.Shape(t) for t in sums]
+    rows = first
+    for other in others:
+        rows = op.Where(op.Equal(first, other), rows, np.ones(1, np.int64))
+    shape = op.Concat(rows, [-1], axis=0)
+    return [op.ReduceSum(op.Reshape(t, shape), [1], keepdims=0) for t in sums]
 
 
 def _per_sample(graph: Graph, tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, helper
 from onnx_attrib import rules
 from onnx_attrib.ir import OPSET, subgraphs
 from onnx_attrib.passes.sequences import unpack
-from onnx_attrib.writer import Call, Definition, Inexpressible, Rewriter, Writer
+from onnx_attrib.writer import Call, Definition, Inexpressible, Rewriter, Writer, infer_shapes
 
 _DEEPEST = 8
 """Bodies are made of operators that may have bodies themselves."""
@@ -28,7 +28,7 @@ def lower(model: ModelProto) -> bool:
         if not Rewriter(definition, OPSET).run(model):
             break
         changed = True
-        typed = onnx.shape_inference.infer_shapes(model)
+        typed = infer_shapes(model)
         model.graph.CopyFrom(typed.graph)
     return changed
 
@@ -61,7 +61,7 @@ def cast_like(w: Writer, c: Call) -> Sequence[str | None]:
 def instantiated(w: Writer, c: Call) -> Sequence[str | None]:
     """The schema's own function body, for this node's inputs and attributes."""
     body = function_body(c)
-    names = {name: "" for name in body.input}
+    names = dict.fromkeys(body.input, "")
     names.update(zip(body.input, c.node.input, strict=False))
     for inner in body.node:
         if any(True for _ in subgraphs(inner)):
@@ -74,7 +74,7 @@ def instantiated(w: Writer, c: Call) -> Sequence[str | None]:
         _resolve_attributes(node, inner, c)
         node.name = node.output[0]
         w.nodes.append(node)
-    return [names[name] for name in body.output]
+    return [names.get(name) for name in body.output]
 
 
 def function_body(c: Call) -> FunctionProto:

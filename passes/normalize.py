@@ -18,6 +18,7 @@ from onnx_attrib.errors import ModelError
 from onnx_attrib.ir import OPSET, Graph, subgraphs
 from onnx_attrib.passes.convert import convert
 from onnx_attrib.passes.lower import lower
+from onnx_attrib.writer import infer_shapes
 
 OLDEST, NEWEST = 7, 26
 _DETACH = 1024
@@ -38,6 +39,7 @@ def normalize(model: ModelProto) -> Graph:
         _constants_to_initializers(model)
     model = convert(model, default_opset(model))
     _constants_to_initializers(model)
+    _spell_out_defaults(model)
     model = _known(model)
     if lower(model):
         _constants_to_initializers(model)
@@ -67,6 +69,13 @@ def _check_opset(model: ModelProto) -> None:
     for node in model.graph.node:
         if node.domain == "ai.onnx":
             node.domain = ""
+
+
+def _spell_out_defaults(model: ModelProto) -> None:
+    """Write down where STFT is one-sided by default: ONNX's shape inference takes it to be not."""
+    for node in model.graph.node:
+        if node.op_type == "STFT" and not any(a.name == "onesided" for a in node.attribute):
+            node.attribute.append(helper.make_attribute("onesided", 1))
 
 
 def _check(model: ModelProto) -> None:
@@ -203,7 +212,7 @@ def _infer(model: ModelProto) -> ModelProto:
     declared = {v.name: v for v in model.graph.value_info}
     del model.graph.value_info[:]
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        inferred = infer_shapes(model, data_prop=True)
     except Exception as error:  # inference raises bare RuntimeErrors
         raise ModelError(f"ONNX's shape inference fails: {_line(error)}") from None
     known = {v.name: v for v in inferred.graph.value_info}

@@ -19,8 +19,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
-from onnx_attrib.ir import Graph, Node, Tensor, is_float
-from onnx_attrib.rules.quantization import DOMAIN, SOURCE, STRAIGHT_THROUGH
+from onnx_attrib.ir import Graph, Node, Tensor, annotate, is_float, spelled_out
+from onnx_attrib.rules.quantization import SOURCE, STRAIGHT_THROUGH
 
 # Operators that give out entries of their first input, whatever these stand for.
 _MOVES = frozenset(
@@ -29,8 +29,6 @@ _MOVES = frozenset(
     DepthToSpace SpaceToDepth
     """.split()
 )
-_WAS = "was"
-_COUNT = "count"
 
 
 def mark(graph: Graph) -> None:
@@ -46,10 +44,7 @@ def mark(graph: Graph) -> None:
 
 def unmark(graph: Graph) -> None:
     """Restore the operators that ``mark`` changed, and their copies."""
-    for node in graph.nodes:
-        if node.op == STRAIGHT_THROUGH and node.domain == DOMAIN:
-            node.op, node.domain = node.attrs.pop(_WAS), None
-            node.inputs = list(node.inputs)[: node.attrs.pop(_COUNT)]
+    spelled_out(graph.nodes)
 
 
 def leaks(graph: Graph, nodes: Sequence[Node], active: set[str]) -> list[Node]:
@@ -67,10 +62,10 @@ def leaks(graph: Graph, nodes: Sequence[Node], active: set[str]) -> list[Node]:
     return found
 
 
+_PRODUCTS = frozenset("QLinearConv QLinearMatMul ConvInteger MatMulInteger".split())
 # Barriers that read quantized numbers on purpose, and what was marked.
-_SILENT = frozenset(
-    row.op for row in rules.table() if isinstance(row, rules.Barrier)
-) - {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"} | {STRAIGHT_THROUGH}
+_SILENT = {row.op for row in rules.table() if isinstance(row, rules.Barrier)} - _PRODUCTS
+_SILENT |= {STRAIGHT_THROUGH}
 
 
 @dataclass(frozen=True)
@@ -118,11 +113,8 @@ class _Finder:
             self._straight_through(node, origin.source)
 
     def _straight_through(self, node: Node, source: Tensor) -> None:
-        inputs = list(node.inputs)
-        node.attrs.update({_WAS: node.op, _COUNT: len(inputs)})
-        node.op, node.domain = STRAIGHT_THROUGH, DOMAIN
-        padding = [gs.Variable.empty() for _ in range(SOURCE - len(inputs))]
-        node.inputs = [*inputs, *padding, source]
+        padding = [gs.Variable.empty() for _ in range(SOURCE - len(node.inputs))]
+        annotate(node, STRAIGHT_THROUGH, *padding, source)
 
     def _moved(self, node: Node) -> None:
         origin = self._origin(node.inputs[0])
@@ -172,7 +164,7 @@ class _Finder:
         y = self.graph.emit(name, *factors, **node.attrs)
         self._is(node, _Origin(y, None, None))
 
-    def _real(self, q: Tensor, scale: Tensor, zero: Tensor | None, axis: int = 1) -> Tensor:
+    def _real(self, q: Tensor, scale: Tensor, zero: Tensor | None, *, axis: int = 1) -> Tensor:
         """The floats that integers stand for, marked where these were quantized."""
         y: Tensor = self.graph.op.DequantizeLinear(q, scale, zero, axis=axis)
         origin = self._origin(q)
@@ -184,8 +176,15 @@ class _Finder:
         # An absent zero point is zero.
         left, right = (np.zeros(()) if t is None else self.graph.value(t) for t in (a, b))
         if left is None or right is None:
-            return a is not None and b is not None and a.name == b.name
+            return a is not None and b is not None and _root(a).name == _root(b).name
         return bool(np.array_equal(left.ravel(), right.ravel()))
+
+
+def _root(tensor: Tensor) -> Tensor:
+    """The tensor that this one is another name of."""
+    while tensor.inputs and tensor.inputs[0].op == "Identity":
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor
 
 
 def _input(node: Node, i: int) -> Any:

@@ -19,6 +19,7 @@ from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, is_float, static
 from onnx_attrib.job import Baseline, Job
 
 _SHAPES = frozenset({"Shape", "Size"})
+_CASTS = frozenset({"Cast", "CastLike"})
 
 
 def reference(job: Job) -> None:
@@ -89,11 +90,15 @@ def keeps_batch_apart(
     """Whether every float tensor of the region has the batch as one axis of its own.
 
     Then nothing mixes samples with other axes or with each other: the region can be evaluated at
-    another batch. Only what depends on the sources by their shape alone may be free of the batch.
+    another batch. Only what depends on the sources by their shape alone may be free of the batch,
+    and how many samples there are must not be a number to reckon with.
     """
-    carrying = {t.name for t in sources}
+    carrying, counts = {t.name for t in sources}, dict[str, Shape]()
     for node in region:
-        if not _keeps_samples_apart(graph, node, batch):
+        counted = _counted(graph, node, counts)
+        if not is_float(node.outputs[0].dtype):
+            counts.update((t.name, counted) for t in node.outputs)
+        elif node.op in _CASTS and not all(_is_known(graph, d) and d != batch for d in counted):
             return False
         carries = node.op not in _SHAPES and any(t.name in carrying for t in graph.uses(node))
         for tensor in node.outputs:
@@ -113,6 +118,20 @@ def _keeps_samples_apart(graph: Graph, node: Node, batch: str) -> bool:
         return True
     shape, axis = graph.shape(node.inputs[0]), rule.batch_axis(graph, node)
     return shape is not None and axis is not None and shape[axis] == batch
+
+
+def _counted(graph: Graph, node: Node, counts: Mapping[str, Shape]) -> Shape:
+    """The dimensions that whole numbers which a node puts out are made of, as far as known."""
+    if node.op in _SHAPES:
+        shape = graph.shape(node.inputs[0])
+        if shape is None:
+            return (None,)
+        return shape[graph.attr(node, "start") or 0 : graph.attr(node, "end")]
+    found = tuple(dim for t in graph.uses(node) for dim in counts.get(t.name, ()))
+    index = graph.value(node.inputs[1]) if node.op == "Gather" else None
+    if index is not None and any(source.op == "Shape" for source in node.inputs[0].inputs):
+        return tuple(found[k] for k in index.reshape(-1).tolist())
+    return found
 
 
 def captured(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) -> list[Tensor]:
@@ -146,10 +165,12 @@ def fully_known(graph: Graph, tensor: Tensor) -> bool:
     Other symbols stand for something computed, which may hold the batch ("4*N").
     """
     shape = graph.shape(tensor)
+    return shape is not None and all(_is_known(graph, dim) for dim in shape)
+
+
+def _is_known(graph: Graph, dim: Dim) -> bool:
     symbols = {dim for t in graph.inputs for dim in graph.shape(t) or ()}
-    return shape is not None and all(
-        isinstance(dim, int) or (dim is not None and dim in symbols) for dim in shape
-    )
+    return isinstance(dim, int) or (dim is not None and dim in symbols)
 
 
 # -- placing it ------------------------------------------------------------------------------------

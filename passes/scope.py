@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_attrib import rules
 from onnx_attrib.errors import CompileError, OptionError, UnsupportedOpError, suggest
 from onnx_attrib.ir import Graph, Node, Tensor, is_float, operands
 from onnx_attrib.job import Job, Scope
-from onnx_attrib.passes.differentiate import active_inputs, flow, offence
+from onnx_attrib.passes.differentiate import active_inputs, check_rules, flow, offence
+from onnx_attrib.passes.quantized import leaks
 
 
 def scope(job: Job) -> None:
@@ -40,7 +40,8 @@ def scope(job: Job) -> None:
                 nodes.append(node)
                 needed.update(operands(node)[i].name for i in indices)
     nodes.reverse()
-    _check_rules(nodes, active)
+    check_rules(nodes)
+    _check_integers(graph, upstream, active)
     dependent, changing = [], set(names)
     for node in upstream:
         if any(t.name in changing for t in graph.uses(node)):
@@ -166,14 +167,8 @@ def _check_reach(graph: Graph, tensor: Tensor, output: Tensor, upstream: list[No
     )
 
 
-def _check_rules(nodes: Sequence[Node], active: set[str]) -> None:
-    missing = [
-        offence(node, "no rule for this operator")
-        for node in nodes
-        if not rules.known(node.op, node.domain)
-    ]
-    if missing:
-        raise UnsupportedOpError(
-            missing,
-            "Attribute a tensor behind these nodes (--input NAME), or see 'onnx-attrib inspect'.",
-        )
+def _check_integers(graph: Graph, upstream: Sequence[Node], active: set[str]) -> None:
+    reason = "attributed numbers reach it as quantized integers, and it has no rule for these"
+    found = [offence(node, reason) for node in leaks(graph, upstream, active)]
+    if found:
+        raise UnsupportedOpError(found, "Attribute a tensor behind these nodes (--input NAME).")

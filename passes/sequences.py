@@ -196,9 +196,7 @@ _READERS: dict[str, Callable[[Writer, Call, Elements], Any]] = {
 }
 
 
-def _without_unread(
-    nodes: Sequence[NodeProto], outputs: set[str], known: Known
-) -> list[NodeProto]:
+def _without_unread(nodes: Sequence[NodeProto], outputs: set[str], known: Known) -> list[NodeProto]:
     """The nodes without makers of sequences that nothing reads any more."""
     read, kept = set(outputs), []
     for node in reversed(nodes):

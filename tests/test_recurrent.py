@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,14 +13,15 @@ from onnx import ModelProto, TensorProto, helper
 
 pytest.importorskip("onnxruntime")
 
-from onnx_attrib.passes.differentiate import Sweep  # noqa: E402
-from onnx_attrib.passes.normalize import normalize  # noqa: E402
-from onnx_attrib.rules import Site  # noqa: E402
-from onnx_attrib.rules.recurrent import definition  # noqa: E402
+import onnx_attrib
+from onnx_attrib.passes.differentiate import Sweep
+from onnx_attrib.passes.normalize import normalize
+from onnx_attrib.rules import Site
+from onnx_attrib.rules.recurrent import definition
 
-from . import numeric  # noqa: E402
-from .numeric import Array  # noqa: E402
-from .recurrent_reference import GATES, restated  # noqa: E402
+from . import numeric
+from .numeric import Array
+from .recurrent_reference import GATES, restated
 
 
 @dataclass(frozen=True)
@@ -219,3 +221,45 @@ def test_conservation(name: str) -> None:
         base = config.point(rng)
         pairs.append((config.point(rng), {k: base[k] for k in config.shapes}))
     numeric.check_conservation(model, *pairs, inputs=list(config.shapes), output=output)
+
+
+# -- against torch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_torch(kind: str, bidirectional: bool, dynamo: bool) -> None:
+    """The gradient of an exported two-layer network is that of torch's autograd."""
+    torch = pytest.importorskip("torch")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            cell = getattr(torch.nn, kind)
+            self.cells = cell(4, 6, 2, batch_first=True, bidirectional=bidirectional)
+            self.head = torch.nn.Linear(6 * (1 + bidirectional), 3)
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.cells(x)[0].mean(1))
+
+    net, x = Net().eval(), torch.randn(5, 7, 4)
+    file = io.BytesIO()
+    axes = {"dynamic_axes": {"x": {0: "N"}}} if not dynamo else {}
+    example = x if dynamo else x[:2]
+    torch.onnx.export(net, (example,), file, input_names=["x"], dynamo=dynamo, **axes)
+    model = onnx.load_model_from_string(file.getvalue())
+    seed = torch.randn(5, 3)
+    x.requires_grad_()
+    (net(x) * seed).sum().backward()
+    compiled = onnx_attrib.compile(model, "gradient", target="seed")
+    found = numeric.run(compiled, {"x": x.detach().numpy(), "seed": seed.numpy()})
+    np.testing.assert_allclose(found["x_attribution"], x.grad.numpy(), 1e-4, 1e-6)
+    compiled = onnx_attrib.compile(model, "deeplift", target="seed", baseline=0.5)
+    found = numeric.run(compiled, {"x": x.detach().numpy(), "seed": seed.numpy()})
+    change = ((net(x) - net(torch.full_like(x, 0.5))) * seed).sum(1).detach().numpy()
+    np.testing.assert_allclose(found["x_attribution"].sum((1, 2)), change, 1e-4, 1e-5)

@@ -9,15 +9,18 @@ from onnx_attrib.rules import (  # noqa: F401  (each module enters its rows)
     einsum,
     elementwise,
     indexing,
+    lp_pooling,
     maxlike,
+    ml,
     pooling,
-    recurrent,
     quantization,
+    recurrent,
     reduction,
     regions,
     resize,
     sampling,
     shape,
+    signal,
 )
 from onnx_attrib.rules.base import (
     Barrier,
@@ -34,6 +37,7 @@ from onnx_attrib.rules.base import (
     is_barrier,
     known,
     lookup,
+    reach,
     table,
 )
 
@@ -52,5 +56,6 @@ __all__ = [
     "is_barrier",
     "known",
     "lookup",
+    "reach",
     "table",
 ]

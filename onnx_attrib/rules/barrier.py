@@ -8,12 +8,12 @@ integers too: what passes them straight through is found before the rules are as
 from onnx_attrib.rules.base import Barrier, add
 
 NAMES = """
-And ArgMax ArgMin Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow Ceil
-ConstantOfShape ConvInteger Equal EyeLike Floor Greater GreaterOrEqual HammingWindow HannWindow
-Hardmax ImageDecoder IsInf IsNaN Less LessOrEqual MatMulInteger MelWeightMatrix Multinomial
-NonMaxSuppression NonZero Not OneHot OptionalHasElement Or QLinearConv QLinearMatMul QuantizeLinear
-RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range RegexFullMatch Round
-SequenceEmpty SequenceLength Shape Sign Size StringConcat StringNormalizer StringSplit
+And ArgMax ArgMin Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow
+Ceil ConstantOfShape ConvInteger Equal EyeLike Floor Greater GreaterOrEqual HammingWindow
+HannWindow Hardmax ImageDecoder IsInf IsNaN Less LessOrEqual MatMulInteger MelWeightMatrix
+Multinomial NonMaxSuppression NonZero Not OneHot OptionalHasElement Or QLinearConv QLinearMatMul
+QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range RegexFullMatch
+Round SequenceEmpty SequenceLength Shape Sign Size StringConcat StringNormalizer StringSplit
 TfIdfVectorizer Unique Xor
 """
 

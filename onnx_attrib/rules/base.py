@@ -264,11 +264,13 @@ class Structured(Rule):
     followed by what these capture (:func:`onnx_attrib.ir.operands`). ``transparent``: the
     operators inside are the model's own, and messages name them. ``batch_axis(graph, node)``: the
     axis of the first input along which samples stay apart, or None where that is not known.
+    ``reach(node, active)``: the outputs that active tensors reach inside, by name; None: all.
     """
 
     pull: Callable[[Walker, Site], dict[int, Tensor]]
     transparent: bool = True
     batch_axis: Callable[[Graph, Node], int | None] = lambda graph, node: None
+    reach: Callable[[Node, set[str]], set[str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +312,12 @@ def is_barrier(op: str, domain: str | None) -> bool:
     """Whether no derivative flows through the operator at all."""
     rows = _TABLE.get((_domain(domain), op), ())
     return any(isinstance(row, Barrier) for row in rows)
+
+
+def reach(op: str, domain: str | None) -> Callable[[Node, set[str]], set[str]] | None:
+    """How active tensors go through a node that holds subgraphs, or None for the others."""
+    rows = _TABLE.get((_domain(domain), op), ())
+    return next((row.reach for row in rows if isinstance(row, Structured)), None)
 
 
 def table() -> Iterator[Rule]:

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Bilinear, Composite, Elementwise, Linear, Site, add, only
+from onnx_attrib.rules.base import (
+    Bilinear,
+    Composite,
+    Elementwise,
+    Linear,
+    Site,
+    Unsupported,
+    add,
+    only,
+)
 from onnx_attrib.rules.elementwise import ref
 
 # -- sums ------------------------------------------------------------------------------------------
@@ -139,24 +148,20 @@ def determinant(s: Site) -> list[Tensor]:
     """Laplace expansion row by row: the minors of the last rows, for each choice of columns."""
     op, order = s.op, (s.shape(s.x()) or (None,))[-1]
     if not isinstance(order, int) or order > _LARGEST_DETERMINANT:
-        raise Unsupported(f"a determinant of more than {_LARGEST_DETERMINANT} rows, or unknown many")
-    entries = [
-        split(s, row, order, axis=-1) for row in split(s, s.x(), order, axis=-2)
-    ]
-    minors = {(column,): entries[-1][column] for column in range(order)}
+        most = _LARGEST_DETERMINANT
+        raise Unsupported(f"a determinant of unknown size, or of more than {most} rows")
+    entries = [split(s, row, order, axis=-1) for row in split(s, s.x(), order, axis=-2)]
+    minors: dict[tuple[int, ...], Tensor] = {(k,): entry for k, entry in enumerate(entries[-1])}
     for size in range(2, order + 1):
-        row = entries[order - size]
-        larger = {}
+        row, smaller = entries[order - size], minors
+        minors = {}
         for columns in combinations(range(order), size):
-            total = None
-            for k, column in enumerate(columns):
-                term = op.Mul(row[column], minors[columns[:k] + columns[k + 1 :]])
-                if total is None:
-                    total = term
-                else:
-                    total = op.Sub(total, term) if k % 2 else op.Add(total, term)
-            larger[columns] = total
-        minors = larger
+            rest = [columns[:k] + columns[k + 1 :] for k in range(size)]
+            terms = [op.Mul(row[c], smaller[r]) for c, r in zip(columns, rest, strict=True)]
+            total = terms[0]
+            for k, term in enumerate(terms[1:]):
+                total = op.Add(total, term) if k % 2 else op.Sub(total, term)
+            minors[columns] = total
     return [op.Squeeze(minors[tuple(range(order))], [-2, -1])]
 
 

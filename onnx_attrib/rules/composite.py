@@ -8,20 +8,32 @@ measurably faster.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add, only
+from onnx_attrib.rules.elementwise import ref
 
 # -- softmax ---------------------------------------------------------------------------------------
 
 
+def guarded(s: Site) -> bool:
+    """Whether a Where follows, which may replace the NaN of rows whose logits are all −∞."""
+    readers = list(s.node.outputs[0].outputs)
+    readers += [node for cast in readers if cast.op == "Cast" for node in cast.outputs[0].outputs]
+    return any(node.op in ("Where", "IsNaN") for node in readers)
+
+
 def softmax_pull(s: Site, i: int) -> Tensor:
     """Forward form y = softmax(z) along an axis. Backward returns y · (m − Σ m · y)."""
-    op, weighted = s.op, s.op.Mul(s.m, s.y)
+    op, y = s.op, s.y
+    if guarded(s):
+        y = op.Where(op.IsNaN(y), 0.0, y)
+    weighted = op.Mul(s.m, y)
     total = op.ReduceSum(weighted, [s.attr("axis")], keepdims=1)
-    result: Tensor = op.Sub(weighted, op.Mul(s.y, total))
+    result: Tensor = op.Sub(weighted, op.Mul(y, total))
     return result
 
 
@@ -35,8 +47,12 @@ def log_softmax_pull(s: Site, i: int) -> Tensor:
 
 def log_softmax_definition(s: Site) -> Sequence[Tensor]:
     """z − log Σ e^z: never overflows, and never divides by a sum that underflows."""
+    op, z = s.op, s.x()
     axes = s.graph.constant([s.attr("axis")], np.int64)
-    return [s.op.Sub(s.x(), s.op.ReduceLogSumExp(s.x(), axes, keepdims=1))]
+    if guarded(s):
+        nothing = op.Equal(op.ReduceMax(z, axes, keepdims=1), -np.inf)
+        z = op.Where(nothing, 0.0, z)
+    return [op.Sub(z, op.ReduceLogSumExp(z, axes, keepdims=1))]
 
 
 def softmax_definition(s: Site) -> Sequence[Tensor]:
@@ -86,22 +102,37 @@ def layer_pull(s: Site, i: int) -> Tensor:
     Backward returns inverse · (g − mean(g) − x̂ · mean(g · x̂)) with g = m · scale; m · x̂ for the
     scale and m for the bias, before both are summed.
     """
-    op, node = s.op, s.node
+    op, dtype = s.op, s.graph.dtype(s.x())
     if i == 2:
         return s.m
+    axes = trailing(s, s.attr("axis") % s.rank(s.x()))
+    normal, inverse = layer_statistics(s, axes)
+    m, scale = (typed(s, t, s.graph.dtype(normal)) for t in (s.m, s.x(1)))
+    if i == 1:
+        return typed(s, op.Mul(m, normal), dtype)
+    g = op.Mul(m, scale)
+    centred = op.Sub(g, op.ReduceMean(g, axes, keepdims=1))
+    along = op.Mul(normal, op.ReduceMean(op.Mul(g, normal), axes, keepdims=1))
+    return typed(s, op.Mul(op.Sub(centred, along), inverse), dtype)
+
+
+def typed(s: Site, tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """The same numbers as another float type, if they are not of it."""
+    return tensor if s.graph.dtype(tensor) == dtype else s.op.Cast(tensor, to=dtype)
+
+
+def layer_statistics(s: Site, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """x̂ and the inverse deviation: in float32 for 16 bits too, which the operator gives them in."""
+    op, node, x = s.op, s.node, s.x()
+    if s.graph.dtype(x) == np.float64:
+        normal, _, inverse = standardized(s, x, axes)
+        return normal, inverse
     _, mean, inverse = op.LayerNormalization(
         *[t for t in s.inputs if t is not None],
         outputs=3,
         **{name: s.attr(name) for name in node.attrs},
     )
-    normal = op.Mul(op.Sub(s.x(), mean), inverse)
-    if i == 1:
-        return op.Mul(s.m, normal)
-    axes = trailing(s, s.attr("axis") % s.rank(s.x()))
-    g = op.Mul(s.m, s.x(1))
-    centred = op.Sub(g, op.ReduceMean(g, axes, keepdims=1))
-    along = op.Mul(normal, op.ReduceMean(op.Mul(g, normal), axes, keepdims=1))
-    return op.Mul(op.Sub(centred, along), inverse)
+    return op.Mul(op.Sub(typed(s, x, s.graph.dtype(mean)), mean), inverse), inverse
 
 
 def layer_definition(s: Site) -> Sequence[Tensor]:
@@ -147,15 +178,41 @@ add(Composite(op="GroupNormalization", decompose=group_definition))
 add(Composite(op="MeanVarianceNormalization", decompose=mean_variance_definition))
 
 
+def inverse_norm(s: Site) -> tuple[Tensor, Tensor]:
+    """‖x‖ along the axis, and 1 / ‖x‖, which counts as one where the norm is zero."""
+    op, reduce = s.op, s.op.ReduceL1 if s.attr("p") == 1 else s.op.ReduceL2
+    norm = reduce(s.x(), [s.attr("axis")], keepdims=1)
+    return norm, op.Reciprocal(op.Where(op.Equal(norm, 0.0), 1.0, norm))
+
+
 def norm_definition(s: Site) -> Sequence[Tensor]:
     """x / ‖x‖ along an axis, and zero where the norm is."""
-    op, axis = s.op, [s.attr("axis")]
-    norm = (op.ReduceL1 if s.attr("p") == 1 else op.ReduceL2)(s.x(), axis, keepdims=1)
-    safe = op.Where(op.Equal(norm, 0.0), 1.0, norm)
-    return [op.Mul(s.x(), op.Reciprocal(safe))]
+    return [s.op.Mul(s.x(), inverse_norm(s)[1])]
 
 
-add(Composite(op="LpNormalization", decompose=norm_definition))
+def norm_difference(s: Site, i: int) -> Tensor:
+    """Forward form y = x · r, r = 1 / ‖x‖ or one. Backward returns m · y's secant in x.
+
+    That is r and x at their midpoints, with Δr/Δ‖x‖ · Δ‖x‖/Δx for r: the last factor is
+    (x + x̄) / (‖x‖ + ‖x̄‖), or (x + x̄) / (|x| + |x̄|) for p = 1.
+    """
+    op, x, base = s.op, s.x(), ref(s).x()
+    (norm, r), (norm_base, r_base) = inverse_norm(s), inverse_norm(ref(s))
+    step, both = op.Sub(norm, norm_base), op.Add(x, base)
+    rise = op.Where(
+        op.Equal(step, 0.0), op.Neg(op.Mul(r, r_base)), op.Div(op.Sub(r, r_base), step)
+    )
+    size = op.Add(op.Abs(x), op.Abs(base)) if s.attr("p") == 1 else op.Add(norm, norm_base)
+    growth = op.Div(both, op.Where(op.Equal(size, 0.0), 1.0, size))
+    through = op.ReduceSum(op.Mul(s.m, op.Mul(both, 0.5)), [s.attr("axis")], keepdims=1)
+    direct = op.Mul(s.m, s.midpoint(r, r_base))
+    result: Tensor = op.Add(direct, op.Mul(op.Mul(through, rise), growth))
+    return result
+
+
+add(
+    Composite(op="LpNormalization", difference=norm_difference, decompose=norm_definition)
+)
 
 
 def batch_factor(s: Site) -> Tensor:

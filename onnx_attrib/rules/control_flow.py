@@ -11,10 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import GraphProto
+from onnx import GraphProto, NodeProto, helper
 
-from onnx_attrib.ir import Graph, Node, Shape, Tensor, operands
-from onnx_attrib.rules.base import Site, Structured, Unsupported, Walker, add
+from onnx_attrib.ir import Graph, Node, Shape, Tensor, bodies, is_float, operands, subgraphs
+from onnx_attrib.rules.base import (
+    Site,
+    Structured,
+    Unsupported,
+    Walker,
+    add,
+    blocked,
+    is_barrier,
+)
 from onnx_attrib.rules.broadcast import expand
 from onnx_attrib.rules.scan import Carried, Stacked, Track, emit_scan
 
@@ -476,6 +484,66 @@ def _compatible(a: Shape | None, b: Shape | None) -> bool:
     )
 
 
-add(Structured(op="If", pull=if_pull, blocked=frozenset({0})))
-add(Structured(op="Scan", pull=scan_pull))
-add(Structured(op="Loop", pull=loop_pull, blocked=frozenset({0, 1})))
+# -- what active tensors reach ---------------------------------------------------------------------
+
+
+def reach(node: Node, active: set[str]) -> set[str]:
+    """Names of the node's outputs that active tensors reach through differentiable operators."""
+    inputs = [tensor.name for tensor in node.inputs]
+    sequences = node.attrs.get("num_scan_inputs", 0)
+    reached = _reached(node.op, bodies(node), inputs, active, sequences)
+    return {t.name for t, there in zip(node.outputs, reached, strict=False) if there and t.name}
+
+
+def _reached(
+    op: str, graphs: Sequence[GraphProto], inputs: Sequence[str], active: set[str], sequences: int
+) -> list[bool]:
+    """For each output of a node with these subgraphs: whether active tensors reach it."""
+    if op == "If":
+        ends = [_ends(graph, active) for graph in graphs]
+        return [any(pair) for pair in zip(*ends, strict=True)]
+    (body,), lead = graphs, int(op == "Loop")
+    formals = [info.name for info in body.input]
+    states = formals[2 * lead : len(formals) - sequences]
+    names = active | {formal for formal, x in zip(formals, inputs, strict=False) if x in active}
+    while True:
+        reached = _ends(body, names)[lead:]
+        # States come first among the outputs, and go round to the inputs.
+        arrived = {state for state, there in zip(states, reached, strict=False) if there}
+        if arrived <= names:
+            return reached
+        names |= arrived
+
+
+def _ends(body: GraphProto, active: set[str]) -> list[bool]:
+    """For each output of a subgraph: whether active tensors, by name, reach it."""
+    infos = (*body.value_info, *body.output)
+    types = {info.name: info.type.tensor_type.elem_type for info in infos}
+    names = set(active)
+    for node in body.node:
+        inner = list(subgraphs(node))
+        if inner:
+            sequences = sum(a.i for a in node.attribute if a.name == "num_scan_inputs")
+            reached = _reached(node.op_type, inner, node.input, names, sequences)
+            found = [o for o, there in zip(node.output, reached, strict=False) if there]
+        else:
+            found = list(node.output) if _passes(node, names) else []
+        names.update(name for name in found if name and _may_carry(types.get(name)))
+    return [info.name in names for info in body.output]
+
+
+def _passes(node: NodeProto, names: set[str]) -> bool:
+    """Whether a derivative flows through an operator from one of ``names``."""
+    if is_barrier(node.op_type, node.domain):
+        return False
+    held = blocked(node.op_type, node.domain)
+    return any(name in names and i not in held for i, name in enumerate(node.input))
+
+
+def _may_carry(element_type: int | None) -> bool:
+    return not element_type or is_float(helper.tensor_dtype_to_np_dtype(element_type))
+
+
+add(Structured(op="If", pull=if_pull, reach=reach, blocked=frozenset({0})))
+add(Structured(op="Scan", pull=scan_pull, reach=reach))
+add(Structured(op="Loop", pull=loop_pull, reach=reach, blocked=frozenset({0, 1})))

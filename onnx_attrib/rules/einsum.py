@@ -75,21 +75,51 @@ def einsum_pull(s: Site, i: int) -> Tensor:
     """
     op, eq, x = s.op, equation(s), s.x(i)
     term, ties = untied(eq, i)
-    others = [k for k in range(len(s.inputs)) if k != i]
-    operands = [s.m, *(s.x(k) for k in others)]
-    letters = [eq.output, *(eq.operands[k] for k in others)]
+    others = [trimmed(s, eq, k) for k in range(len(s.inputs)) if k != i]
+    operands = [s.m, *(tensor for tensor, _ in others)]
+    letters = [eq.output, *(group for _, group in others)]
     for axis, first in ties:
         operands.append(unit_matrix(s, x, axis))
         letters.append((first, term[axis]))
     found = {letter for group in letters for letter in group}
+    found -= {term[axis] for axis in stretched(s, eq, i)}
     kept = tuple(letter for letter in term if letter in found)
     share = op.Einsum(*operands, equation=written(letters, kept))
     missing = [axis for axis, letter in enumerate(term) if letter not in found]
     if missing:
         share = op.Unsqueeze(share, missing) if kept else op.Reshape(share, [1] * len(term))
         share = op.Expand(share, sizes_at(s, x, missing))
-    share.shape = [entry_size(s, eq, i, axis) for axis in range(len(term))]
+    if not eq.spelled.intersection(found):
+        return s.shaped(share, x)
+    # What the ellipsis stands for may have been repeated at run time.
+    sizes = dict(zip(term, s.shape(x) or (), strict=True))
+    for letter, size in zip(eq.output, s.shape(s.y) or (), strict=True):
+        if letter in eq.spelled & found:
+            sizes[letter] = size
+    share.shape = [sizes[letter] for letter in term]
     return unbroadcast(s, share, x, share)
+
+
+def trimmed(s: Site, eq: Equation, k: int) -> tuple[Tensor, Letters]:
+    """An operand without the axes along which it is repeated to meet the others."""
+    axes = stretched(s, eq, k)
+    if not axes:
+        return s.x(k), eq.operands[k]
+    letters = tuple(c for axis, c in enumerate(eq.operands[k]) if axis not in axes)
+    return s.op.Squeeze(s.x(k), axes), letters
+
+
+def stretched(s: Site, eq: Equation, k: int) -> list[int]:
+    """Axes of size 1 whose index is longer in another operand, or may be."""
+    sizes: dict[str, set[Dim]] = {}
+    for other, term in enumerate(eq.operands):
+        for letter, size in zip(term, s.shape(s.x(other)) or (), strict=True):
+            sizes.setdefault(letter, set()).add(size)
+    return [
+        axis
+        for axis, letter in enumerate(eq.operands[k])
+        if (s.shape(s.x(k)) or ())[axis] == 1 and sizes[letter] != {1}
+    ]
 
 
 def sizes_at(s: Site, x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -125,33 +155,19 @@ def unit_matrix(s: Site, x: Tensor, axis: int) -> Tensor:
     return result
 
 
-def entry_size(s: Site, eq: Equation, i: int, axis: int) -> Dim:
-    """The size of an index over all operands: an axis of size 1 may be broadcast to it."""
-    own, letter = (s.shape(s.x(i)) or ())[axis], eq.operands[i][axis]
-    if own != 1 and letter not in eq.spelled:
-        return own
-    sizes = {
-        (s.shape(s.x(k)) or ())[at]
-        for k, term in enumerate(eq.operands)
-        for at, other in enumerate(term)
-        if other == letter
-    }
-    sizes -= {1}
-    return 1 if not sizes else sizes.pop() if len(sizes) == 1 else None
-
-
 def pairwise(s: Site) -> Sequence[Tensor]:
     """The operands multiplied one after the other."""
     eq = equation(s)
-    result, letters = s.x(0), eq.operands[0]
-    for k in range(1, len(s.inputs)):
-        later = {letter for term in (*eq.operands[k + 1 :], eq.output) for letter in term}
-        merged = tuple(dict.fromkeys((*letters, *eq.operands[k])))
+    operands = [trimmed(s, eq, k) for k in range(len(s.inputs))]
+    result, letters = operands[0]
+    for k, (tensor, term) in enumerate(operands[1:], start=1):
+        later = {letter for _, group in operands[k + 1 :] for letter in group} | set(eq.output)
+        merged = tuple(dict.fromkeys((*letters, *term)))
         output = tuple(letter for letter in merged if letter in later)
-        if k == len(s.inputs) - 1:
+        if k == len(operands) - 1:
             output = eq.output
-        text = written((letters, eq.operands[k]), output)
-        result, letters = s.op.Einsum(result, s.x(k), equation=text), output
+        result = s.op.Einsum(result, tensor, equation=written((letters, term), output))
+        letters = output
     return [result]
 
 

@@ -11,25 +11,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from ml_dtypes import iinfo
 
-from onnx_attrib.ir import Tensor
+from onnx_attrib.ir import INTERNAL, Tensor
 from onnx_attrib.rules.base import Composite, Elementwise, Site, Unsupported, add
 
-DOMAIN = "onnx_attrib"
 STRAIGHT_THROUGH = "StraightThrough"
 QUANTIZED, SCALE, ZERO_POINT, SOURCE = range(4)
 """Inputs of StraightThrough."""
 
 
+_HALF = 0.5 + 2**-10
+"""How far rounding moves a number, in units of the scale; with a margin for its own rounding."""
+
+
 def inside(s: Site) -> Tensor:
-    """Where the number is not beyond the last integer."""
-    op, q, x = s.op, s.x(QUANTIZED), s.x(SOURCE)
-    limits = iinfo(s.graph.dtype(q))
-    wide = op.Cast(q, to=np.dtype(np.int32))
-    low, high = (op.Equal(wide, np.array(v, np.int32)) for v in (limits.min, limits.max))
-    below, above = op.And(low, op.Less(x, s.y)), op.And(high, op.Greater(x, s.y))
-    return op.Not(op.Or(below, above))
+    """Where the number was rounded and not cut off."""
+    op = s.op
+    if s.optional(SCALE) is None:
+        return op.Equal(s.y, s.y)
+    if s.graph.dtype(s.x(QUANTIZED)).name.startswith("float"):
+        raise Unsupported("numbers quantized to floats of 8 bits or less")
+    reach = op.Mul(spread(s, s.x(SCALE)), _HALF)
+    return op.LessOrEqual(op.Abs(op.Sub(s.x(SOURCE), s.y)), reach)
 
 
 def dequantized(s: Site) -> Sequence[Tensor]:
@@ -48,11 +51,11 @@ def spread(s: Site, parameter: Tensor) -> Tensor:
     if s.rank(parameter) == 0 or s.shape(parameter) == (1,):
         return parameter
     rank = s.rank(q)
-    axis = s.attr("axis") % rank
+    axis = s.node.attrs.get("axis", 1) % rank
     if s.rank(parameter) == 1:
         result: Tensor = op.Reshape(parameter, [-1 if k == axis else 1 for k in range(rank)])
         return result
-    size = s.attr("block_size")
+    size = s.node.attrs.get("block_size", 0)
     if not size:
         raise Unsupported("a scale of the tensor's rank, without block_size")
     count = (s.shape(q) or ())[axis]
@@ -68,7 +71,7 @@ def spread(s: Site, parameter: Tensor) -> Tensor:
 add(
     Elementwise(
         op=STRAIGHT_THROUGH,
-        domain=DOMAIN,
+        domain=INTERNAL,
         operand=SOURCE,
         derivative=inside,
         piecewise=True,

@@ -191,10 +191,10 @@ def directions(s: Site) -> list[Direction]:
     functions = activations(s, count, kind.functions)
     x = steps_first(s, s.x(X))
     valid = _valid(s, x)
-    operands = {i: _by_direction(s, i, count) for i in (W, R, B, H0, C0, PEEPHOLES)}
+    operands = [_operand(s, i, count) for i in (W, R, B, H0, C0, PEEPHOLES)]
     result = []
     for k in range(count):
-        w, r, b, h0, c0, p = (operands[i][k] for i in operands)
+        w, r, b, h0, c0, p = (parts[k] for parts in operands)
         assert w is not None
         assert r is not None
         added, apart = _biases(s, kind, b)
@@ -230,17 +230,28 @@ def steps_first(s: Site, tensor: Tensor) -> Tensor:
     return result
 
 
-def _by_direction(s: Site, i: int, count: int) -> list[Tensor | None]:
-    """Input ``i`` for each direction, without the axis of directions."""
+def states_first(s: Site, tensor: Tensor) -> Tensor:
+    """Initial or final states [directions, N, H] from the node's layout, or the other way round."""
+    if not s.attr("layout"):
+        return tensor
+    result: Tensor = s.op.Transpose(tensor, perm=[1, 0, 2])
+    return result
+
+
+def by_direction(s: Site, tensor: Tensor, count: int, axis: int = 0) -> list[Tensor]:
+    """``tensor`` for each direction, without the axis of directions."""
+    parts = [tensor]
+    if count > 1:
+        parts = list(s.op.Split(tensor, axis=axis, num_outputs=count, outputs=count))
+    return [s.op.Squeeze(part, [axis]) for part in parts]
+
+
+def _operand(s: Site, i: int, count: int) -> Sequence[Tensor | None]:
+    """Input ``i`` for each direction."""
     tensor = s.optional(i)
     if tensor is None:
         return [None] * count
-    if i in (H0, C0) and s.attr("layout"):
-        tensor = s.op.Transpose(tensor, perm=[1, 0, 2])
-    parts = [tensor]
-    if count > 1:
-        parts = list(s.op.Split(tensor, axis=0, num_outputs=count, outputs=count))
-    return [s.op.Squeeze(part, [0]) for part in parts]
+    return by_direction(s, states_first(s, tensor) if i in (H0, C0) else tensor, count)
 
 
 def _biases(s: Site, kind: Kind, both: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -285,7 +296,7 @@ def _zeros(s: Site, x: Tensor) -> Tensor:
 
 
 def steps(walker: Walker, s: Site, d: Direction) -> list[Tensor]:
-    """The Scan: for each state, its values [T, N, H] before every step, then those after."""
+    """The Scan: the final states, their values [T, N, H] before every step, then those after."""
     graph, cell = s.graph, KINDS[s.node.op].cell
     formals = [_formal(s, "state", state) for state in d.states]
     given = _formal(s, "inputs", d.inputs, scanned=True)
@@ -299,72 +310,75 @@ def steps(walker: Walker, s: Site, d: Direction) -> list[Tensor]:
     nodes = live(walker, graph, nodes, after)
     carried = [Carried(*triple) for triple in zip(formals, after, d.states, strict=True)]
     stacked = [Stacked(t, 0, d.backward) for t in (*formals, *after)]
-    return emit_scan(graph, nodes, tracks, carried, stacked)[len(carried) :]
+    return emit_scan(graph, nodes, tracks, carried, stacked)
 
 
 def definition(walker: Walker, s: Site) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Y, Y_h and Y_c, and the sequences of states by direction (see :func:`steps`)."""
-    op, traces, ends = s.op, list[list[Tensor]](), list[list[Tensor]]()
-    whole = []
+    """Y, Y_h and Y_c, and by direction what :func:`steps` returns."""
+    op, traces = s.op, list[list[Tensor]]()
+    wholes, ends = list[Tensor](), list[list[Tensor]]()
     for d in directions(s):
         trace = steps(walker, s, d)
-        after = trace[len(d.states) :]
-        y = after[0] if d.valid is None else op.Where(d.valid, after[0], 0.0)
-        whole.append(op.Unsqueeze(y, [1]))
-        last = ([0], [1]) if d.backward else ([-1], [np.iinfo(np.int64).max])
-        ends.append([op.Slice(state, *last, [0]) for state in after])
+        count = len(d.states)
+        y = trace[2 * count]
+        wholes.append(op.Unsqueeze(y if d.valid is None else op.Where(d.valid, y, 0.0), [1]))
+        ends.append([op.Unsqueeze(state, [0]) for state in trace[:count]])
         traces.append(trace)
-    outputs = [whole, *(list(parts) for parts in zip(*ends, strict=True))]
-    joined = [
-        parts[0] if len(parts) == 1 else op.Concat(*parts, axis=int(k == 0))
-        for k, parts in enumerate(outputs)
-    ]
+    whole = _joined(s, wholes, axis=1)
     if s.attr("layout"):
-        joined = [
-            op.Transpose(t, perm=[2, 0, 1, 3] if k == 0 else [1, 0, 2])
-            for k, t in enumerate(joined)
-        ]
-    return joined, traces
+        whole = op.Transpose(whole, perm=[2, 0, 1, 3])
+    finals = [states_first(s, _joined(s, parts, axis=0)) for parts in zip(*ends, strict=True)]
+    return [whole, *finals], traces
+
+
+def _joined(s: Site, parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else s.op.Concat(*parts, axis=axis)
 
 
 def known(walker: Walker, s: Site) -> list[list[Tensor]]:
-    """The values of the sequences of states, from the output of the model's own operator."""
-    op, found = s.op, directions(s)
-    y = steps_first(s, whole_output(s))
-    parts = [y] if len(found) == 1 else op.Split(y, axis=1, num_outputs=2, outputs=2)
+    """The values of what :func:`steps` returns, from the outputs of the model's own operator.
+
+    The states of padded steps are not: nothing that depends on them counts.
+    """
+    found = directions(s)
+    count = len(found)
+    hidden = by_direction(s, steps_first(s, own_output(s, 0)), count, axis=1)
+    finals = [
+        by_direction(s, states_first(s, own_output(s, 1 + k)), count)
+        for k in range(len(found[0].states))
+    ]
     result = []
-    for d, part in zip(found, parts, strict=True):
-        hidden = op.Squeeze(part, [1])
+    for d, y, ends in zip(found, hidden, zip(*finals, strict=True), strict=True):
+        after = [y]
         if d.valid is not None and d.backward:
             # Where going back has not reached the sequence yet, the state is the initial one.
-            hidden = op.Where(d.valid, hidden, d.states[0])
-        before = [_delayed(s, d, hidden, d.states[0])]
-        after = [hidden]
+            after = [s.op.Where(d.valid, y, d.states[0])]
+        before = [_delayed(s, d, after[0], d.states[0])]
         if s.node.op == "LSTM":
             after.append(_cell_states(walker, s, d, before[0]))
             before.append(_delayed(s, d, after[1], d.states[1]))
-        result.append([*before, *after])
+        result.append([*ends, *before, *after])
     return result
 
 
-def whole_output(s: Site) -> Tensor:
-    """Y, which the node is made to give if it does not."""
+def own_output(s: Site, k: int) -> Tensor:
+    """Y, Y_h or Y_c of the model's own operator, which is made to give it if it does not."""
     node = producer(s)
-    if not node.outputs[0].name:
-        last = next(t for t in s.outputs if t.name)
-        y = s.graph.variable(s.graph.fresh("attrib/Y"), last.dtype, _whole_shape(s))
-        s.graph.give_output(node, 0, y)
-    y = node.outputs[0]
-    if s.shape(y) is None:
-        y.shape = list(_whole_shape(s))
-    return y
+    if k < len(node.outputs) and node.outputs[k].name:
+        return node.outputs[k]
+    like = next(t for t in s.outputs if t.name)
+    added = s.graph.variable(s.graph.fresh("attrib/output"), like.dtype, _output_shape(s, k))
+    s.graph.give_output(node, k, added)
+    return added
 
 
-def _whole_shape(s: Site) -> Shape:
+def _output_shape(s: Site, k: int) -> Shape:
     shape, count = s.shape(s.x(X)), 2 if "bi" in str(s.attr("direction")) else 1
     first, second = (None, None) if shape is None else shape[:2]
     size = hidden_size(s)
-    return (first, second, count, size) if s.attr("layout") else (first, count, second, size)
+    if s.attr("layout"):
+        return (first, second, count, size) if k == 0 else (first, count, size)
+    return (first, count, second, size) if k == 0 else (count, second, size)
 
 
 def _delayed(s: Site, d: Direction, after: Tensor, start: Tensor) -> Tensor:

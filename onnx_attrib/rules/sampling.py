@@ -19,7 +19,7 @@ from onnx_attrib.ir import Tensor, is_narrow
 from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add, only
 from onnx_attrib.rules.convolution import ints, kernel_of
 from onnx_attrib.rules.elementwise import ref
-from onnx_attrib.rules.indexing import ONE, count_up, join, sizes, whole_numbers
+from onnx_attrib.rules.indexing import ONE, calc, count_up, join, sizes, whole_numbers
 from onnx_attrib.rules.shape import DATA_ONLY
 
 _A = -0.75
@@ -312,21 +312,21 @@ def deform_conv_definition(s: Site) -> Sequence[Tensor]:
     with K kernel entries and o offset groups; columns are [N, g, C/g · K, h · w].
     """
     op, x, weight, mask, kernel = s.op, s.x(), s.x(1), s.optional(4), kernel_of(s)
-    channels, outputs = (s.shape(x) or (None, None))[1], (s.shape(weight) or (None,))[0]
-    if len(kernel) != 2 or not isinstance(channels, int) or not isinstance(outputs, int):
-        raise Unsupported("only with two spatial axes and a known number of channels")
-    count, group, offsets = math.prod(kernel), int(s.attr("group")), int(s.attr("offset_group"))
-    out = sizes(s, s.x(2), [2, 3])
-    positions = np.prod(out, keepdims=True) if isinstance(out, np.ndarray) else op.ReduceProd(out)
-    parts = op.Reshape(x, join(s, np.array([-1, channels // offsets]), sizes(s, x, [2, 3])))
+    if len(kernel) != 2:
+        raise Unsupported("only two spatial axes are run by ONNX Runtime")
+    groups, offset_groups = np.array([s.attr("group")]), np.array([s.attr("offset_group")])
+    batch, outputs, out = sizes(s, x, [0]), sizes(s, weight, [0]), sizes(s, s.x(2), [2, 3])
+    known = isinstance(out, np.ndarray)
+    positions = np.prod(out, keepdims=True) if known else op.ReduceProd(out)
+    images, rest = calc(s, "Mul", batch, offset_groups), -ONE
+    parts = op.Reshape(x, join(s, images, rest, sizes(s, x, [2, 3])))
     grid = deformed_grid(s, kernel)
     read = op.GridSample(parts, grid, mode="linear", padding_mode="zeros", align_corners=0)
     if mask is not None:
-        read = op.Mul(read, op.Reshape(mask, join(s, np.array([-1, 1, count]), positions)))
-    lead = np.array([-1, group, channels // group * count])
-    columns = op.Reshape(read, join(s, lead, positions))
-    product = op.MatMul(op.Reshape(weight, [group, outputs // group, -1]), columns)
-    y = op.Reshape(product, join(s, np.array([-1, outputs]), out))
+        read = op.Mul(read, op.Reshape(mask, join(s, images, ONE, rest, positions)))
+    columns = op.Reshape(read, join(s, batch, groups, rest, positions))
+    rows = op.Reshape(weight, join(s, groups, op.Div(outputs, groups), rest))
+    y = op.Reshape(op.MatMul(rows, columns), join(s, batch, rest, out))
     return [y if s.optional(3) is None else op.Add(y, op.Unsqueeze(s.x(3), [1, 2]))]
 
 

@@ -1,0 +1,90 @@
+"""Types of ai.onnx.ml outputs: ONNX infers none for most operators of that domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onnx import GraphProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
+
+DOMAIN = "ai.onnx.ml"
+Dim = int | str | None
+
+
+def complete(graph: GraphProto, types: Mapping[str, TypeProto]) -> bool:
+    """Declare what ``types`` (by tensor name) lack of ai.onnx.ml outputs; True if anything."""
+    added = False
+    for node in graph.node:
+        if node.domain != DOMAIN:
+            continue
+        inputs = [_shape(types.get(name)) for name in node.input]
+        known = [name in types for name in node.input]
+        for name, found in zip(node.output, _outputs(node, inputs), strict=False):
+            if not name or found is None or not all(known) or _shape(types.get(name)) is not None:
+                continue
+            kind, shape = found
+            info = helper.make_tensor_value_info(name, kind, shape)
+            stated = [entry for entry in graph.value_info if entry.name == name]
+            stated += [entry for entry in graph.output if entry.name == name]
+            if stated and shape is None:
+                continue
+            added = True
+            _declare(graph, stated, info)
+    return added
+
+
+def _declare(graph: GraphProto, stated: list[ValueInfoProto], info: ValueInfoProto) -> None:
+    for entry in stated:
+        entry.type.CopyFrom(info.type)
+    if not stated:
+        graph.value_info.append(info)
+
+
+def _shape(kind: TypeProto | None) -> list[Dim] | None:
+    if kind is None or not kind.tensor_type.HasField("shape"):
+        return None
+    return [
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
+        for d in kind.tensor_type.shape.dim
+    ]
+
+
+def _outputs(
+    node: NodeProto, inputs: list[list[Dim] | None]
+) -> list[tuple[int, list[Dim] | None] | None]:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    x = inputs[0] if inputs else None
+    batch: Dim = x[0] if x and len(x) == 2 else 1 if x is not None else None
+    op = node.op_type
+    if op in ("Scaler", "Normalizer", "Imputer"):
+        return [(TensorProto.FLOAT, x)] if op != "Imputer" else [_imputed(attributes, x)]
+    if op == "FeatureVectorizer":
+        widths = [s[-1] if s else None for s in inputs]
+        total = sum(w for w in widths if isinstance(w, int))
+        width: Dim = total if all(isinstance(w, int) for w in widths) else None
+        return [(TensorProto.FLOAT, [batch, width])]
+    if op in ("LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor"):
+        targets = attributes.get("targets", attributes.get("n_targets", 1))
+        return [(TensorProto.FLOAT, [batch, targets])]
+    if op in ("LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"):
+        return [_labels(attributes, batch), (TensorProto.FLOAT, [batch, _scores(op, attributes)])]
+    return []
+
+
+def _imputed(attributes: Mapping[str, Any], x: list[Dim] | None) -> tuple[int, list[Dim] | None]:
+    whole = "imputed_value_int64s" in attributes
+    return (TensorProto.INT64 if whole else TensorProto.FLOAT, x)
+
+
+def _labels(attributes: Mapping[str, Any], batch: Dim) -> tuple[int, list[Dim] | None]:
+    strings = attributes.get("classlabels_strings")
+    return (TensorProto.STRING if strings else TensorProto.INT64, [batch])
+
+
+def _scores(op: str, attributes: Mapping[str, Any]) -> int:
+    names = ("classlabels_ints", "classlabels_int64s", "classlabels_strings")
+    classes = max(len(attributes.get(name, ())) for name in names)
+    supports = attributes.get("vectors_per_class", ())
+    if op == "SVMClassifier" and supports and not attributes.get("prob_a") and classes > 2:
+        return classes * (classes - 1) // 2
+    return classes
