@@ -19,9 +19,10 @@ from onnx_attrib.passes.differentiate import differentiate
 from onnx_attrib.passes.finalize import finalize
 from onnx_attrib.passes.integrate import integrate
 from onnx_attrib.passes.normalize import normalize
-from onnx_attrib.passes.recognize import recognize
 from onnx_attrib.passes.quantized import mark, unmark
+from onnx_attrib.passes.recognize import recognize
 from onnx_attrib.passes.reference import reference
+from onnx_attrib.passes.report import report
 from onnx_attrib.passes.scope import scope
 from onnx_attrib.passes.simplify import simplify
 from onnx_attrib.passes.target import target as choose_target
@@ -130,6 +131,7 @@ def pipeline(request: Request) -> list[Callable[[Job], None]]:
         reference,
         cluster,
         recognize,
+        report,
         integrate if request.method.path else differentiate,
         finalize,
         lambda job: unmark(job.graph),

@@ -194,10 +194,12 @@ class Graph:
     """A model at opset 21, open for surgery.
 
     ``model`` must be normalized: opset 21, no local functions, constants as initializers, and
-    types and shapes inferred into ``value_info``. It is taken over, not copied.
+    types and shapes inferred into ``value_info``. It is taken over, not copied. ``outputs``: how
+    the model declares its outputs, which may say less of their shapes than is known.
     """
 
-    def __init__(self, model: ModelProto) -> None:
+    def __init__(self, model: ModelProto, outputs: Sequence[onnx.ValueInfoProto] = ()) -> None:
+        self._declared = {info.name: info for info in outputs}
         self._header = ModelProto()
         for field, value in model.ListFields():
             if field.name == "metadata_props":
@@ -733,6 +735,9 @@ class Graph:
                 if isinstance(tensor, gs.Constant) and tensor.name not in present:
                     present.add(tensor.name)
                     model.graph.initializer.append(OnnxExporter.export_tensor_proto(tensor))
+        for info in model.graph.output:
+            if info.name in self._declared:
+                info.CopyFrom(self._declared[info.name])
         del model.graph.value_info[:]
         model.graph.metadata_props.extend(self._graph_metadata)
         model.MergeFrom(self._header)

@@ -52,8 +52,13 @@ def providers_for(ort: ModuleType, wanted: Sequence[Provider] | None) -> list[An
     return list(wanted)
 
 
-def open_session(ort: ModuleType, model: Source, providers: list[Any], name: str) -> Any:
+def open_session(
+    ort: ModuleType, model: Source, providers: list[Any], name: str, *, optimized: bool = True
+) -> Any:
+    """A session; ``name`` is how messages call the model."""
     options = ort.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
     if isinstance(model, str | os.PathLike):
         try:
@@ -71,7 +76,7 @@ def open_session(ort: ModuleType, model: Source, providers: list[Any], name: str
         with tempfile.TemporaryDirectory(prefix="onnx-attrib-") as folder:
             path = os.path.join(folder, "model.onnx")
             save(model, path)
-            return open_session(ort, path, providers, name)
+            return open_session(ort, path, providers, name, optimized=optimized)
     try:
         return ort.InferenceSession(source, sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class

@@ -15,6 +15,9 @@ Precondition: scope. Postcondition: ``job.clusters`` maps a region's last output
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 from onnx_attrib import rules
 from onnx_attrib.ir import Graph, Node, Tensor
 from onnx_attrib.job import Cluster, Job
@@ -28,49 +31,77 @@ _POINTWISE = frozenset(
     """.split()
 )
 _ARITHMETIC = frozenset("Add Sub Mul Div Neg Identity".split())
+_INVERSE = frozenset({"Div", "Reciprocal"})
 _LARGEST = 64
+
+
+@dataclass
+class Stretch:
+    """Where clusters are looked for: a sorted part of a graph.
+
+    ``nodes``: those on a differentiable path; ``dependent``: all whose values vary; ``active``:
+    tensors that carry attribution; ``varying``: tensors that vary; ``found``: clusters by output.
+    """
+
+    graph: Graph
+    nodes: Sequence[Node]
+    dependent: Sequence[Node]
+    active: set[str]
+    varying: set[str]
+    found: dict[str, Cluster] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.varying = self.varying | {t.name for n in self.dependent for t in n.outputs}
+        self.order = {t.name: i for i, n in enumerate(self.dependent) for t in n.outputs}
 
 
 def cluster(job: Job) -> None:
     """Collect clusters for methods that treat them as one nonlinearity."""
-    if not job.method.clusters:
-        return
-    varying = set(job.scope.names)
-    varying |= {t.name for node in job.scope.dependent for t in node.outputs}
-    order = {t.name: i for i, node in enumerate(job.scope.dependent) for t in node.outputs}
-    for node in job.scope.nodes:
-        operands = [t for t in node.inputs if t.name in varying]
+    if job.method.clusters:
+        scope = job.scope
+        names = set(scope.names)
+        stretch = Stretch(job.graph, scope.nodes, scope.dependent, scope.active, names)
+        job.clusters.update(find(stretch, job.method.clusters))
+
+
+def find(stretch: Stretch, kind: str) -> dict[str, Cluster]:
+    """The clusters of a stretch by their last output; ``kind`` is "regions" or "chains"."""
+    for node in stretch.nodes:
+        operands = [t for t in node.inputs if t.name in stretch.varying]
         if len(operands) < 2 or not _pointwise(node):
             continue
-        found = _region(job, node, varying, order)
+        found = _region(stretch, node)
         if found is not None:
-            job.clusters[found.output.name] = found
+            stretch.found[found.output.name] = found
+    if kind == "chains":
+        _link(stretch)
+    return stretch.found
 
 
-    if job.method.clusters == "chains":
-        _link(job, varying)
-
-
-def _link(job: Job, varying: set[str]) -> None:
+def _link(stretch: Stretch) -> None:
     """Extend every nonlinearity back over the nonlinearities that feed it."""
+    varying = stretch.varying
     units: dict[str, Cluster] = {}
-    for node in job.scope.nodes:
+    for node in stretch.nodes:
         output = node.outputs[0]
-        unit = job.clusters.get(output.name) or _single(node, varying)
+        unit = stretch.found.get(output.name) or _single(node, varying)
         if unit is None:
             continue
-        start, between = _before_scalars(job, unit.root, varying)
+        start, between = _before_scalars(stretch, unit.root)
         earlier = units.get(start.name)
+        if earlier is not None and earlier.nodes[-1].op == "Sqrt" and unit.nodes[0].op in _INVERSE:
+            # x · (1/√z) and x / √z, as normalisations are spelled, shall be the same.
+            earlier = None
         if earlier is None:
             # Arithmetic before the first nonlinearity: only factors, for a sum may be a bias.
             factors = _last_factors(between)
             between = between[len(between) - factors :]
             start = next((t for n in between[:1] for t in n.inputs if t.name in varying), unit.root)
             earlier = Cluster(start, start, [])
-        if same_shape(job.graph, start, output) and (earlier.nodes or between):
+        if same_shape(stretch.graph, start, output) and (earlier.nodes or between):
             nodes = [*earlier.nodes, *between, *unit.nodes]
             unit = Cluster(earlier.root, output, nodes)
-            job.clusters[output.name] = unit
+            stretch.found[output.name] = unit
         units[output.name] = unit
 
 
@@ -90,13 +121,14 @@ def _single(node: Node, varying: set[str]) -> Cluster | None:
     return None
 
 
-def _before_scalars(job: Job, tensor: Tensor, varying: set[str]) -> tuple[Tensor, list[Node]]:
+def _before_scalars(stretch: Stretch, tensor: Tensor) -> tuple[Tensor, list[Node]]:
     """The tensor before arithmetic with single numbers, and that arithmetic."""
+    varying = stretch.varying
     passed: list[Node] = []
-    while tensor.inputs:
+    while tensor.name in stretch.order:
         node = tensor.inputs[0]
         others = [t for t in node.inputs if t.name not in varying]
-        values = [job.graph.value(t) for t in others]
+        values = [stretch.graph.value(t) for t in others]
         scalar = all(value is not None and value.size == 1 for value in values)
         if node.op not in _ARITHMETIC or not scalar or len(node.inputs) - len(others) != 1:
             break
@@ -107,31 +139,61 @@ def _before_scalars(job: Job, tensor: Tensor, varying: set[str]) -> tuple[Tensor
     return tensor, passed
 
 
-def _region(job: Job, last: Node, varying: set[str], order: dict[str, int]) -> Cluster | None:
-    graph, output = job.graph, last.outputs[0]
+def _region(stretch: Stretch, last: Node) -> Cluster | None:
+    """From ``last`` back to the one tensor that all of its operands are computed from.
+
+    Transposes may lie on the way (tf2onnx leaves some inside an activation), as long as every path
+    brings the entries back to where they were.
+    """
+    graph, order, output = stretch.graph, stretch.order, last.outputs[0]
+    straight = tuple(range(len(graph.shape(output) or ())))
     inner: dict[int, Node] = {}
     frontier: dict[str, Tensor] = {}
+    # Axis k of the tensor is axis ``places[name][k]`` of the output.
+    places: dict[str, tuple[int, ...]] = {output.name: straight}
     node = last
     while len(inner) < _LARGEST:
         inner[order[node.outputs[0].name]] = node
+        place = places[node.outputs[0].name]
+        if node.op == "Transpose":
+            place = _before_transpose(graph, node, place)
         for tensor in node.inputs:
-            if tensor.name in varying:
-                frontier[tensor.name] = tensor
+            if tensor.name not in stretch.varying:
+                continue
+            if places.setdefault(tensor.name, place) != place:
+                return None
+            frontier[tensor.name] = tensor
         if len(frontier) == 1:
             root = next(iter(frontier.values()))
-            if not same_shape(graph, root, output) or root.name not in job.scope.active:
-                return None
-            nodes = [inner[i] for i in sorted(inner)]
-            return Cluster(root, output, nodes, piecewise=_piecewise(nodes, varying))
+            if places[root.name] == straight or node.op != "Transpose":
+                if not same_shape(graph, root, output) or root.name not in stretch.active:
+                    return None
+                if places[root.name] != straight:
+                    return None
+                nodes = [inner[i] for i in sorted(inner)]
+                piecewise = _piecewise(nodes, stretch.varying)
+                return Cluster(root, output, nodes, piecewise=piecewise)
         # Open the newest tensor: everything older may still turn out to be the common root.
         newest = max(frontier, key=lambda name: order.get(name, -1))
         if newest not in order:
             return None
-        node = job.scope.dependent[order[newest]]
-        if not _pointwise(node) or not _keeps_shape(graph, node, output):
+        node = stretch.dependent[order[newest]]
+        if node.op != "Transpose" and not _pointwise(node):
+            return None
+        shape, whole = graph.shape(node.outputs[0]), graph.shape(output)
+        if whole is None or shape != tuple(whole[k] for k in places[newest]):
             return None
         del frontier[newest]
     return None
+
+
+def _before_transpose(graph: Graph, node: Node, place: tuple[int, ...]) -> tuple[int, ...]:
+    """Where a Transpose's input has its axes, from where its output has them."""
+    perm = graph.attr(node, "perm") or range(len(place))[::-1]
+    result = [0] * len(place)
+    for axis, source in enumerate(perm):
+        result[source] = place[axis]
+    return tuple(result)
 
 
 def _piecewise(nodes: list[Node], varying: set[str]) -> bool:
@@ -152,6 +214,3 @@ def _pointwise(node: Node) -> bool:
     row = rules.lookup(node.op, node.domain, (0,))
     return node.op in _POINTWISE or isinstance(row, rules.Elementwise)
 
-
-def _keeps_shape(graph: Graph, node: Node, output: Tensor) -> bool:
-    return graph.shape(node.outputs[0]) == graph.shape(output)

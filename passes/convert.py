@@ -11,7 +11,8 @@ or it gives up, the node is rewritten before or mended after it:
 - Resize 11 and 12 with sizes keep empty scales beside them;
 - Hardmax before 13 takes the maximum over all axes from ``axis`` on;
 - GroupNormalization 18 has one scale and bias a group;
-- BatchNormalization 7 may have a mean for each feature, and up to 13 unused outputs for training.
+- BatchNormalization 7 may have a mean for each feature, and up to 13 unused outputs for training;
+- Pad and Clip before 11 lend their attributes float32, whatever they work on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from onnx_attrib import newer
 from onnx_attrib.errors import ModelError
@@ -56,11 +57,15 @@ def _rewrite(
 ) -> ModelProto:
     if not any(choose(node) for node in all_nodes(model.graph)):
         return model
-    model = infer_shapes(model)
+    typed = infer_shapes(model)
     rewriter = Rewriter(choose, version)
-    rewriter.run(model)
+    rewriter.run(typed)
     _refuse(version, rewriter.refused)
-    return model
+    # Sizes are inferred anew from the definitions; ONNX 1.23 gets some of Attention's wrong.
+    for field in ("value_info", "output"):
+        typed.graph.ClearField(field)
+        getattr(typed.graph, field).extend(getattr(model.graph, field))
+    return typed
 
 
 # -- newer -----------------------------------------------------------------------------------------
@@ -118,6 +123,8 @@ def _from_older(model: ModelProto, version: int) -> ModelProto:
     for node in all_nodes(model.graph):
         if node.op_type == "Resize":
             _mend_resize(node, sampling)
+    if version < 11:
+        _mend_bounds(model.graph)
     return model
 
 
@@ -213,6 +220,32 @@ def _mend_resize(node: NodeProto, sampling: dict[str, dict[str, str]]) -> None:
         node.attribute.append(helper.make_attribute(name, value))
     if len(node.input) > 3 and node.input[3]:
         node.input[2] = ""
+
+
+_BOUNDS = {"Pad": (2,), "Clip": (1, 2)}
+
+
+def _mend_bounds(graph: GraphProto) -> None:
+    """Give what a Pad fills with, and the bounds of a Clip, the type of what they are for."""
+    fixed, nodes = constant_values(graph), list[NodeProto]()
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _mend_bounds(inner)
+        for i in _BOUNDS.get(node.op_type, ()) if not node.domain else ():
+            name = node.input[i] if i < len(node.input) else ""
+            if name not in fixed:
+                continue
+            if node.op_type == "Pad" and not numpy_helper.to_array(fixed[name]).any():
+                node.input[i] = ""
+                continue
+            typed = f"{node.output[0]}/{name}"
+            nodes.append(helper.make_node("CastLike", [name, node.input[0]], [typed], typed))
+            node.input[i] = typed
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        nodes.append(copy)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 __all__ = ["convert"]

@@ -16,6 +16,7 @@ from onnx_attrib.errors import Offence, UnsupportedOpError
 from onnx_attrib.ir import OPSET, Dim, Graph, Node, Tensor, Values, is_float, operands
 from onnx_attrib.job import Cluster, Job
 from onnx_attrib.methods.base import GRADIENT, Shares, Table
+from onnx_attrib.passes.cluster import Stretch, find
 from onnx_attrib.passes.simplify import share
 from onnx_attrib.rules import Composite, Elementwise, Rule, Site, Structured, Unsupported
 from onnx_attrib.rules.broadcast import expand, is_full, refine, same_shape, unbroadcast
@@ -26,7 +27,14 @@ def differentiate(job: Job) -> None:
     reference = job.reference if job.method.compares else None
     clusters = job.clusters if job.method.clusters else {}
     sweep = Sweep(
-        job.graph, job.table, Values(), reference, clusters, job.reference_dims, job.notes
+        job.graph,
+        job.table,
+        Values(),
+        reference,
+        clusters,
+        job.reference_dims,
+        job.notes,
+        job.method.clusters,
     )
     seeds = {job.scope.output.name: job.seed}
     job.multipliers = sweep.run(job.scope.nodes, job.scope.active, seeds, job.scope.names)
@@ -38,7 +46,8 @@ class Sweep:
 
     ``at`` gives the region's tensors at the point explained, ``reference`` at the baseline
     (``reference_dims``: how symbolic dimensions are renamed there). ``notes`` collects what the
-    user should know about the result.
+    user should know about the result. ``clustering``: what counts as one nonlinearity in the
+    definitions and bodies that the sweep goes through.
     """
 
     graph: Graph
@@ -48,6 +57,7 @@ class Sweep:
     clusters: Mapping[str, Cluster] = field(default_factory=dict)
     reference_dims: Mapping[str, Dim] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    clustering: str = ""
 
     def run(
         self,
@@ -133,8 +143,25 @@ class Sweep:
         inner = Sweep(
             graph, table or self.table, at, reference, {}, self.reference_dims, self.notes
         )
+        if self.clustering and table is None:
+            inner.clustering = self.clustering
+            inner.clusters = self._clusters(site, nodes, active)
         shares = inner.run(nodes, active, seeds, wanted)
         return {wanted[name]: m for name, m in shares.items()}
+
+    def _clusters(
+        self, site: Site, nodes: Sequence[Node], active: set[str]
+    ) -> dict[str, Cluster]:
+        """Nonlinearities spelled out within a definition or a body."""
+        graph = self.graph
+        outside = {t.name for t in site.inputs if t is not None and graph.value(t) is None}
+        changing, dependent = set(outside), []
+        for node in nodes:
+            if any(t.name in changing for t in graph.uses(node)):
+                dependent.append(node)
+                changing.update(t.name for t in node.outputs if t.name)
+        on_path = [node for node in nodes if active_inputs(node, active)]
+        return find(Stretch(graph, on_path, dependent, active, outside), self.clustering)
 
     def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
         """Names of the tensors that ``roots`` reach through differentiable operators."""

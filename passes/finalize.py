@@ -40,7 +40,9 @@ def _output(graph: Graph, value: Tensor, name: str, like: Tensor | None) -> Tens
         raise OptionError(f"the model already has a tensor named '{name}'")
     named = graph.emit("Identity", value, stem=name)
     if like is not None:
-        named.shape = None if like.shape is None else list(like.shape)
+        if like.shape is None:
+            raise OptionError(f"the rank of '{like.name}' is unknown: it cannot be an output")
+        named.shape = list(like.shape)
     graph.outputs.append(named)
     return named
 

@@ -34,6 +34,7 @@ def normalize(model: ModelProto) -> Graph:
     _drop_initializer_inputs(model)
     weights = _detach(model)
     _check(model)
+    outputs = [_info(info) for info in model.graph.output]
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
         _constants_to_initializers(model)
@@ -45,7 +46,7 @@ def normalize(model: ModelProto) -> Graph:
         _constants_to_initializers(model)
         model = _known(model)
     _attach(model, weights)
-    return Graph(model)
+    return Graph(model, outputs)
 
 
 def default_opset(model: ModelProto) -> int:
@@ -207,10 +208,15 @@ def _infer(model: ModelProto) -> ModelProto:
     """Infer shapes afresh; take the file's own only where inference knows less.
 
     A file's value_info can be stale (a batch axis made dynamic by hand), so one contradiction
-    is enough not to believe any of it.
+    is enough not to believe any of it. What it says of its outputs is no more than that: a symbol
+    of their own would hide that they have the shape of what they are computed from.
     """
     declared = {v.name: v for v in model.graph.value_info}
     del model.graph.value_info[:]
+    outputs = [_info(info) for info in model.graph.output]
+    for info in model.graph.output:
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
     try:
         inferred = infer_shapes(model, data_prop=True)
     except Exception as error:  # inference raises bare RuntimeErrors
@@ -222,7 +228,26 @@ def _infer(model: ModelProto) -> ModelProto:
                 inferred.graph.value_info.append(v)
             elif _knows_more(v, known[name]):
                 known[name].CopyFrom(v)
+    for have, said in zip(inferred.graph.output, outputs, strict=True):
+        _fill_in(have, said)
     return inferred
+
+
+def _info(info: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(info)
+    return copy
+
+
+def _fill_in(inferred: onnx.ValueInfoProto, declared: onnx.ValueInfoProto) -> None:
+    """Take what is declared where inference does not know."""
+    have, said = _dims(inferred), _dims(declared)
+    if have is None or said is None or len(have) != len(said):
+        inferred.CopyFrom(declared)
+        return
+    for k, dim in enumerate(have):
+        if _vague(dim) and not _vague(said[k]):
+            inferred.type.tensor_type.shape.dim[k].CopyFrom(declared.type.tensor_type.shape.dim[k])
 
 
 def _dims(info: onnx.ValueInfoProto) -> list[int | str | None] | None:

@@ -63,6 +63,8 @@ def leaks(graph: Graph, nodes: Sequence[Node], active: set[str]) -> list[Node]:
 
 
 _PRODUCTS = frozenset("QLinearConv QLinearMatMul ConvInteger MatMulInteger".split())
+STRAIGHT = _PRODUCTS | {"QuantizeLinear"}
+"""Operators that give integers, which attribution passes where these are turned back to floats."""
 # Barriers that read quantized numbers on purpose, and what was marked.
 _SILENT = {row.op for row in rules.table() if isinstance(row, rules.Barrier)} - _PRODUCTS
 _SILENT |= {STRAIGHT_THROUGH}
@@ -191,4 +193,4 @@ def _input(node: Node, i: int) -> Any:
     return node.inputs[i] if i < len(node.inputs) and node.inputs[i].name else None
 
 
-__all__ = ["leaks", "mark", "unmark"]
+__all__ = ["STRAIGHT", "leaks", "mark", "unmark"]

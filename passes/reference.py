@@ -95,6 +95,8 @@ def keeps_batch_apart(
     """
     carrying, counts = {t.name for t in sources}, dict[str, Shape]()
     for node in region:
+        if not _keeps_samples_apart(graph, node, batch):
+            return False
         counted = _counted(graph, node, counts)
         if not is_float(node.outputs[0].dtype):
             counts.update((t.name, counted) for t in node.outputs)

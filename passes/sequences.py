@@ -22,7 +22,7 @@ def unpack(model: ModelProto) -> bool:
     """Rewrite ``model`` in place; True if anything changed."""
     kinds = declared(model.graph)
     present = {node.op_type for node in model.graph.node if not node.domain}
-    if not present & ((_MAKERS.keys() | _READERS.keys()) - {"Identity"}):
+    if not present & REWRITTEN:
         return False
     unpacker = _Unpacker(model, kinds)
     nodes = [new for node in model.graph.node for new in unpacker.visit(node)]
@@ -195,6 +195,9 @@ _READERS: dict[str, Callable[[Writer, Call, Elements], Any]] = {
     "SequenceLength": _length,
 }
 
+REWRITTEN = (_MAKERS.keys() | _READERS.keys()) - {"Identity"}
+"""Operators that this pass can remove."""
+
 
 def _without_unread(nodes: Sequence[NodeProto], outputs: set[str], known: Known) -> list[NodeProto]:
     """The nodes without makers of sequences that nothing reads any more."""
@@ -208,4 +211,4 @@ def _without_unread(nodes: Sequence[NodeProto], outputs: set[str], known: Known)
     return kept[::-1]
 
 
-__all__ = ["unpack"]
+__all__ = ["REWRITTEN", "unpack"]

@@ -495,9 +495,10 @@ def keras_exports(folder: Path) -> None:
 
 
 def jax_exports(folder: Path) -> None:
-    """jax.numpy code, and a scan, through jax2onnx."""
+    """jax.numpy code, flax's pooling and a scan, through jax2onnx."""
     import jax
     import jax.numpy as jnp
+    from flax import nnx
     from jax2onnx import to_onnx
 
     def conv(x: Any, w: dict[str, Array], i: int, padding: str) -> Any:
@@ -508,8 +509,7 @@ def jax_exports(folder: Path) -> None:
     def cnn(x: Any) -> Any:
         w = weights("cnn")
         x = jax.nn.relu(conv(x, w, 1, "SAME"))
-        window = (1, 2, 2, 1)
-        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
+        x = nnx.max_pool(x, window_shape=(2, 2), strides=(2, 2))
         x = conv(x, w, 2, "VALID")
         x = (x - w["mean"]) / np.sqrt(w["variance"] + 1e-3) * w["scale"] + w["shift"]
         x = jax.nn.gelu(conv(jax.nn.silu(x), w, 3, "VALID"), approximate=True)
@@ -691,7 +691,7 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[Path], None]]] = {
     "torch-exports": (("torch", "onnxscript"), torch_exports),
     "keras": (("tensorflow", "tf2onnx", "h5py"), keras_models),
     "keras-exports": (("tensorflow", "tf2onnx"), keras_exports),
-    "jax-exports": (("jax2onnx",), jax_exports),
+    "jax-exports": (("jax2onnx", "flax"), jax_exports),
     "sklearn-exports": (("skl2onnx",), sklearn_exports),
 }
 

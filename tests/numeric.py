@@ -171,7 +171,8 @@ def symbolic(model: ModelProto, axes: Callable[[str, int], str | None]) -> Model
             for _ in range(ranks[info.name]):
                 shape.dim.add()
         for axis, dim in enumerate(shape.dim):
-            if not dim.HasField("dim_value") and not dim.dim_param:
+            # ONNX 1.23 infers a size of zero for Attention with a symbolic number of features.
+            if not dim.dim_value and not dim.dim_param:
                 dim.dim_param = f"{info.name}_{axis}"
     return result
 

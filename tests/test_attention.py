@@ -51,7 +51,10 @@ def model(version: int, feeds: dict[str, Array], outputs: int = 1, **attributes:
 
 
 def tensors(
-    rng: np.random.Generator, heads: tuple[int, int] = (2, 2), flat: bool = False, past: bool = False
+    rng: np.random.Generator,
+    heads: tuple[int, int] = (2, 2),
+    flat: bool = False,
+    past: bool = False,
 ) -> dict[str, Array]:
     """Queries, keys and values, with or without past ones."""
     queries, keys = heads

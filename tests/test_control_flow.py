@@ -256,17 +256,17 @@ def test_integrated_gradients(name: str) -> None:
     model, rng = MODELS[name], np.random.default_rng(3)
     if "maximum" in name:
         pytest.skip("kinks on the path: the quadrature converges slowly")
-    names_ = list(model.inputs or model.shapes)
-    compiled = compile_(model, "integrated-gradients", inputs=names_, steps=60, chunk=7)
+    attributed = list(model.inputs or model.shapes)
+    compiled = compiled_for(model, "integrated-gradients", inputs=attributed, steps=60, chunk=7)
     point, base = model.point(rng), model.point(rng)
-    assert_complete(model, compiled, point, {k: base[k] for k in names_}, 1e-4)
+    assert_complete(model, compiled, point, {k: base[k] for k in attributed}, 1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @names
 def test_every_method(name: str, method: str) -> None:
     model, rng = MODELS[name], np.random.default_rng(4)
-    compiled = compile_(model, method)
+    compiled = compiled_for(model, method)
     point, base = model.point(rng), model.point(rng)
     results = explained(model, compiled, point, base)
     values = [v for k, v in results.items() if k.endswith("_attribution")]
@@ -274,7 +274,7 @@ def test_every_method(name: str, method: str) -> None:
     assert all(np.isfinite(value).all() for value in values)
 
 
-def compile_(model: Model, method: str, **options: Any) -> onnx.ModelProto:
+def compiled_for(model: Model, method: str, **options: Any) -> onnx.ModelProto:
     """The compiled model, with its reference at run time."""
     options.setdefault("inputs", model.inputs)
     if METHODS[method].needs_reference:
@@ -379,9 +379,9 @@ def test_shared_reference(batch: int) -> None:
     rng = np.random.default_rng(5)
     base = {"x": rng.standard_normal((batch, 3)).astype(np.float32)}
     for method, tolerance in (("deeplift", 1e-5), ("integrated-gradients", 1e-4)):
-        compiled = compile_(model, method, inputs=["x"])
+        compiled = compiled_for(model, method, inputs=["x"])
         assert_complete(model, compiled, model.point(rng), base, tolerance)
-    compiled = compile_(model, "deeplift", inputs=["z"])
+    compiled = compiled_for(model, "deeplift", inputs=["z"])
     there = model.point(rng)
     assert_complete(model, compiled, model.point(rng) | {"x": there["x"]}, {"z": there["z"]}, 1e-5)
 

@@ -350,7 +350,7 @@ def test_integers_that_lead_elsewhere_are_refused(body: str) -> None:
     """Never a silent zero on part of the way."""
     model = parsed(
         21,
-        f"(float[N,4] x) => (float[N,4] y) <float s={{0.01}}, float t={{0.1}}, int8 z={{0}}> {body}",
+        "(float[N,4] x) => (float[N,4] y) <float s={0.01}, float t={0.1}, int8 z={0}>" + body,
         ir=10,
     )
     with pytest.raises(CompileError, match="quantized integers"):

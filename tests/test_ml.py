@@ -130,7 +130,7 @@ def test_rule(name: str) -> None:
     check_conservation(found, (x, {k: np.zeros_like(v) for k, v in x.items()}))
 
 
-@pytest.mark.parametrize("name", ["scaler", "regressor"])
+@pytest.mark.parametrize("name", ["scaler", "normalizer l2"])
 def test_float64_inputs(name: str) -> None:
     found = model(name, TensorProto.DOUBLE)
     check_gradient(found, feeds(found, 1))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import pytest
 from onnx import ModelProto, helper
 
@@ -38,9 +39,9 @@ Tally = Counter[str]
 """What became of the examples: checks made, checks that could not be made, and why."""
 
 REFUSALS = {
+    "rank known at run time": "the rank of '.*' is unknown",
     "TopK of a size known at run time": "how many of how many entries are picked",
     "ReduceProd of a size known at run time": "a product over axes of unknown size",
-    "Einsum of a repeated index": "Einsum",
 }
 """Refusals that are documented, by what their message says."""
 
@@ -117,10 +118,30 @@ def check_gradient(example: Example, tally: Tally) -> None:
         cotangent = normal_like(rng, expected[example.output])
         found = numeric.run(held, {**point, "seed": cotangent})
         same_outputs(example, expected, found)
-        oracle = numeric.Oracle(example.model, example.output, point)
+        oracle = oracle_of(example.model, example.output, point)
         for name in point:
             value = found.get(f"{name}_attribution", np.zeros_like(point[name]))
             hold_slope(example, tally, oracle, point, name, cotangent, value, rng)
+
+
+def oracle_of(model: ModelProto, output: str, point: numeric.Feeds) -> numeric.Oracle:
+    """The source model in float64.
+
+    The reference evaluator gives some old operators their newer meaning. ONNX's converter spells
+    them out; what comes of it counts if onnxruntime computes the same from the model as it is.
+    """
+    oracle = numeric.Oracle(model, output, point)
+    if not oracle.why or model.opset_import[0].version >= 13:
+        return oracle
+    try:
+        newer = onnx.version_converter.convert_version(model, 21)
+        second = numeric.Oracle(newer, output, point)
+        expected = numeric.run(model, point)[output]
+        if not second.why and np.allclose(second.value(point), expected, 1e-4, 1e-4):
+            return second
+    except Exception:  # the converter raises bare RuntimeErrors
+        return oracle
+    return oracle
 
 
 def hold_slope(
@@ -226,7 +247,9 @@ def hold_sum(
     exact = float(np.sum(weight * (y - y_bar)))
     outputs = float(np.sum(np.abs(weight) * (np.abs(y) + np.abs(y_bar))))
     relative, rounding = tolerance(example)
-    allowed = relative * abs(exact) + rounding * (mass + outputs)
+    # Values inside the graph are of order one, also where the outputs cancel.
+    inside = rounding * float(np.abs(weight).sum()) / 10
+    allowed = relative * abs(exact) + rounding * (mass + outputs) + inside
     assert abs(total - exact) <= allowed, (
         f"attributions sum to {total:.6g}, the output changes by {exact:.6g} "
         f"(allowed {allowed:.2g}, mass {mass:.3g})"
@@ -317,7 +340,7 @@ def check_layer(example: Example, tally: Tally) -> None:
     expected = numeric.run(source, point)[example.output]
     cotangent = normal_like(rng, expected)
     found = numeric.run(gradient, {**example.feeds, "seed": cotangent})
-    oracle = numeric.Oracle(after, example.output, point)
+    oracle = oracle_of(after, example.output, point)
     result = found[f"{name}_attribution"]
     hold_slope(example, tally, oracle, point, name, cotangent, result, rng)
     base = numeric.run(source, {**point, name: np.zeros_like(value)})[example.output]

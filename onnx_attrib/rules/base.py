@@ -147,6 +147,10 @@ class Rule:
     ``broadcasts``: operands are broadcast, so the driver sums cotangents back to the operand's
     shape. ``lazy``: accepts a cotangent that still has to be broadcast to the output's shape.
     ``blocked``: inputs through which no derivative flows (indices, conditions, shapes).
+    ``caveat``: what DeepLIFT's conservation asks of this operator, where a blocked input may
+    depend on what is attributed ("exact where the indices are the same at x and x̄"), or of the
+    values, if none is blocked. ``refused``: why no node of this operator can be handled, where the
+    row is only there to say so.
     """
 
     op: str
@@ -155,6 +159,8 @@ class Rule:
     broadcasts: bool = False
     lazy: bool = False
     blocked: frozenset[int] = frozenset()
+    caveat: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

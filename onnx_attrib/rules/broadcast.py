@@ -70,6 +70,9 @@ def unbroadcast(site: Site, m: Tensor, operand: Tensor, output: Tensor) -> Tenso
 def refine(graph: Graph, m: Tensor, shape: Shape | None) -> Tensor:
     """Fill in dimensions that inference could not tell from the shape ``m`` stands for."""
     have = graph.shape(m)
+    if graph.value(m) is not None:
+        # The seed of a region may come back as it went in; it is shared.
+        return m
     if shape is not None and have is not None and len(have) == len(shape):
         m.shape = [w if h is None else h for h, w in zip(have, shape, strict=True)]
     elif shape is not None and have is None:

@@ -544,6 +544,22 @@ def _may_carry(element_type: int | None) -> bool:
     return not element_type or is_float(helper.tensor_dtype_to_np_dtype(element_type))
 
 
-add(Structured(op="If", pull=if_pull, reach=reach, blocked=frozenset({0})))
+add(
+    Structured(
+        op="If",
+        pull=if_pull,
+        reach=reach,
+        blocked=frozenset({0}),
+        caveat="exact where the same branch is taken at x and x̄",
+    )
+)
 add(Structured(op="Scan", pull=scan_pull, reach=reach))
-add(Structured(op="Loop", pull=loop_pull, reach=reach, blocked=frozenset({0, 1})))
+add(
+    Structured(
+        op="Loop",
+        pull=loop_pull,
+        reach=reach,
+        blocked=frozenset({0, 1}),
+        caveat="exact where it takes as many steps at x as at x̄",
+    )
+)

@@ -150,7 +150,15 @@ row(
     broadcasts=True,
 )
 row("Pow", exponential_slope, operand=1, broadcasts=True)
-add(Composite(op="Pow", pull=power_pull, decompose=power_definition, broadcasts=True))
+add(
+    Composite(
+        op="Pow",
+        pull=power_pull,
+        decompose=power_definition,
+        broadcasts=True,
+        caveat="exact where a base that varies with its exponent is positive",
+    )
+)
 
 
 # -- activations -----------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ from onnx_attrib.rules.shape import DATA_ONLY
 Ints = Any
 """Whole numbers: a numpy array where known at compile time, an int64 tensor where not."""
 
+SAME_INDICES = "exact where the indices are the same at x and x̄"
+SAME_CONDITION = "exact where the condition is the same at x and x̄"
+SAME_PLACES = "exact where it starts and ends at the same places at x and x̄"
+
 ZERO, ONE = np.zeros(1, np.int64), np.ones(1, np.int64)
 _LAST = np.iinfo(np.int64).max
 _NUMPY = {
@@ -236,7 +240,7 @@ def fold_in(s: Site, m: Tensor, axis: int, pads: np.ndarray) -> Tensor:
     return op.ScatterElements(core, index, rim, axis=axis, reduction="add")
 
 
-add(Linear(op="Slice", pull=slice_pull, blocked=DATA_ONLY))
+add(Linear(op="Slice", pull=slice_pull, blocked=DATA_ONLY, caveat=SAME_PLACES))
 add(Linear(op="Pad", pull=pad_pull, blocked=frozenset({1, 3})))
 
 
@@ -292,12 +296,12 @@ def scatter_pull(s: Site, i: int) -> Tensor:
     return s.graph.emit(s.node.op, s.m, s.x(1), s.zeros_like(s.x(2)), **where)
 
 
-add(Linear(op="Gather", pull=gather_pull, blocked=DATA_ONLY))
-add(Linear(op="GatherElements", pull=gather_elements_pull, blocked=DATA_ONLY))
-add(Linear(op="GatherND", pull=replay, blocked=DATA_ONLY))
-add(Linear(op="Compress", pull=replay, blocked=DATA_ONLY))
-add(Linear(op="ScatterElements", pull=scatter_pull, blocked=frozenset({1})))
-add(Linear(op="ScatterND", pull=scatter_pull, blocked=frozenset({1})))
+add(Linear(op="Gather", pull=gather_pull, blocked=DATA_ONLY, caveat=SAME_INDICES))
+add(Linear(op="GatherElements", pull=gather_elements_pull, blocked=DATA_ONLY, caveat=SAME_INDICES))
+add(Linear(op="GatherND", pull=replay, blocked=DATA_ONLY, caveat=SAME_INDICES))
+add(Linear(op="Compress", pull=replay, blocked=DATA_ONLY, caveat=SAME_CONDITION))
+add(Linear(op="ScatterElements", pull=scatter_pull, blocked=frozenset({1}), caveat=SAME_INDICES))
+add(Linear(op="ScatterND", pull=scatter_pull, blocked=frozenset({1}), caveat=SAME_INDICES))
 
 
 # -- choosing, repeating, rearranging --------------------------------------------------------------
@@ -339,7 +343,16 @@ def again(s: Site, **attributes: Any) -> Tensor:
 
 
 add(Linear(op="Expand", pull=lambda s, i: s.m, broadcasts=True, lazy=True, blocked=DATA_ONLY))
-add(Linear(op="Where", pull=where_pull, broadcasts=True, lazy=True, blocked=frozenset({0})))
+add(
+    Linear(
+        op="Where",
+        pull=where_pull,
+        broadcasts=True,
+        lazy=True,
+        blocked=frozenset({0}),
+        caveat=SAME_CONDITION,
+    )
+)
 add(Linear(op="Tile", pull=tile_pull, blocked=DATA_ONLY))
 add(Linear(op="DepthToSpace", pull=depth_to_space_pull))
 add(
@@ -348,9 +361,9 @@ add(
         pull=lambda s, i: s.op.DepthToSpace(s.m, blocksize=s.attr("blocksize")),
     )
 )
-for name in ("Trilu", "ReverseSequence"):
+for name, caveat in (("Trilu", ""), ("ReverseSequence", SAME_PLACES)):
     # Each is its own transpose.
-    add(Linear(op=name, pull=lambda s, i: again(s), blocked=DATA_ONLY))
+    add(Linear(op=name, pull=lambda s, i: again(s), blocked=DATA_ONLY, caveat=caveat))
 add(
     Linear(
         op="CumSum",

@@ -10,6 +10,7 @@ from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add
 from onnx_attrib.rules.convolution import scatter, size_vector, with_sizes
 from onnx_attrib.rules.elementwise import ref
+from onnx_attrib.rules.indexing import SAME_INDICES
 from onnx_attrib.rules.pooling import pool_window
 from onnx_attrib.rules.shape import DATA_ONLY
 
@@ -139,4 +140,4 @@ def max_unpool_pull(s: Site, i: int) -> Tensor:
     return s.reshape(op.Where(stays, read, 0.0), s.x())
 
 
-add(Linear(op="MaxUnpool", pull=max_unpool_pull, blocked=DATA_ONLY))
+add(Linear(op="MaxUnpool", pull=max_unpool_pull, blocked=DATA_ONLY, caveat=SAME_INDICES))

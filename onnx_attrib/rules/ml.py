@@ -13,6 +13,7 @@ import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Barrier, Composite, Linear, Site, Unsupported, add, only
+from onnx_attrib.rules.indexing import SAME_INDICES
 
 DOMAIN = "ai.onnx.ml"
 F32 = np.float32
@@ -88,8 +89,24 @@ def vectorizer_definition(s: Site) -> Sequence[Tensor]:
 
 add(Linear(op="Scaler", domain=DOMAIN, pull=scaled_back))
 composite("Normalizer", normalizer_definition)
-composite("Imputer", imputer_definition)
-composite("ArrayFeatureExtractor", extractor_definition)
+add(
+    Composite(
+        op="Imputer",
+        domain=DOMAIN,
+        decompose=imputer_definition,
+        covers=only(0),
+        caveat="exact where the same entries are missing at x and x̄",
+    )
+)
+add(
+    Composite(
+        op="ArrayFeatureExtractor",
+        domain=DOMAIN,
+        decompose=extractor_definition,
+        blocked=frozenset({1}),
+        caveat=SAME_INDICES,
+    )
+)
 composite("FeatureVectorizer", vectorizer_definition, None)
 
 # -- linear models ---------------------------------------------------------------------------------
@@ -226,13 +243,14 @@ composite("SVMClassifier", support_classifier_definition)
 # -- decisions -------------------------------------------------------------------------------------
 
 
+STEPS = "trees are sums of steps and have no derivative; the method 'occlusion' needs none"
+
+
 def no_trees(s: Site) -> Sequence[Tensor | None]:
-    raise Unsupported(
-        "trees are sums of steps and have no derivative; the method 'occlusion' needs none"
-    )
+    raise Unsupported(STEPS)
 
 
 for name in ("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor"):
-    composite(name, no_trees)
+    add(Composite(op=name, domain=DOMAIN, decompose=no_trees, refused=STEPS))
 for name in ("Binarizer", "CategoryMapper", "LabelEncoder", "OneHotEncoder", "ZipMap"):
     add(Barrier(op=name, domain=DOMAIN))

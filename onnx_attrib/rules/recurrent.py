@@ -415,12 +415,26 @@ def _formal(s: Site, name: str, like: Tensor, scanned: bool = False) -> Tensor:
     return s.graph.variable(s.graph.fresh(f"attrib/{name}"), like.dtype, shape)
 
 
+def _state_ranks(s: Site) -> None:
+    """Sequences, states and weights have the ranks that the operator asks for.
+
+    Inference cannot tell behind a branch that restores a squeezed axis.
+    """
+    for tensor in (s.x(X), *(s.optional(i) for i in (H0, C0)), *s.outputs[1:]):
+        if tensor is not None and tensor.name and s.shape(tensor) is None:
+            tensor.shape = [None, None, None]
+    if s.y.name and s.shape(s.y) is None:
+        s.y.shape = [None, None, None, None]
+
+
 def recurrent_pull(walker: Walker, site: Site) -> dict[int, Tensor]:
     """Forward form Y [T, directions, N, H], Y_h and Y_c [directions, N, H] from X [T, N, I].
 
     Backward returns the cotangents of X, the initial states and, where they are attributed, the
     weights, through the cells from the last step to the first.
     """
+    for one in (site, *([site.reference] if site.reference is not None else [])):
+        _state_ranks(one)
     with site.graph.record() as nodes:
         outputs, traces = definition(walker, site)
     here = _values(traces, known(walker, site))

@@ -174,7 +174,17 @@ def align_shares(sweep: Any, s: Site) -> dict[int, Tensor]:
     return shares
 
 
-add(Structured(op="RoiAlign", pull=align_shares, blocked=DATA_ONLY, transparent=False))
+SAME_REGIONS = "exact where the regions are the same at x and x̄"
+
+add(
+    Structured(
+        op="RoiAlign",
+        pull=align_shares,
+        blocked=DATA_ONLY,
+        transparent=False,
+        caveat=SAME_REGIONS,
+    )
+)
 
 
 # -- MaxRoiPool ------------------------------------------------------------------------------------
@@ -212,4 +222,11 @@ def max_roi_pool_definition(s: Site) -> Sequence[Tensor]:
     return [op.Where(empty, 0.0, best)]
 
 
-add(Composite(op="MaxRoiPool", decompose=max_roi_pool_definition, blocked=DATA_ONLY))
+add(
+    Composite(
+        op="MaxRoiPool",
+        decompose=max_roi_pool_definition,
+        blocked=DATA_ONLY,
+        caveat=SAME_REGIONS,
+    )
+)
