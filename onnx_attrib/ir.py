@@ -57,6 +57,11 @@ def is_narrow(dtype: Any) -> bool:
     return is_float(dtype) and np.dtype(dtype).itemsize == 2
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether ``value`` is a tensor of the graph (not a number or an array)."""
+    return isinstance(value, gs.Tensor)
+
+
 def static(shape: Shape | None) -> tuple[int, ...] | None:
     """The shape as integers, or None if a dimension (or the rank) is unknown."""
     if shape is None or not all(isinstance(dim, int) for dim in shape):
@@ -199,7 +204,7 @@ class Graph:
     """
 
     def __init__(self, model: ModelProto, outputs: Sequence[onnx.ValueInfoProto] = ()) -> None:
-        self._declared = {info.name: info for info in outputs}
+        self._interface = {info.name: info for info in outputs}
         self._header = ModelProto()
         for field, value in model.ListFields():
             if field.name == "metadata_props":
@@ -545,9 +550,9 @@ class Graph:
 
     def sort(self) -> None:
         """Order the nodes topologically (iteratively; stable for an already sorted graph)."""
-        self.nodes[:] = self.sorted(self.nodes)
+        self.nodes[:] = self.in_order(self.nodes)
 
-    def sorted(self, nodes: Sequence[Node]) -> list[Node]:
+    def in_order(self, nodes: Sequence[Node]) -> list[Node]:
         """``nodes`` in topological order; ties keep their order."""
         producer = {t.name: i for i, node in enumerate(nodes) for t in node.outputs if t.name}
         needs = [
@@ -592,7 +597,7 @@ class Graph:
         What does not depend on the subgraph's inputs is emitted outside instead: it is computed
         once, not in every iteration. Unless ``hoist`` is false: a branch must not run untaken.
         """
-        live = self.prune(self.sorted(spelled_out(nodes)), outputs)
+        live = self.prune(self.in_order(spelled_out(nodes)), outputs)
         varying = {tensor.name for tensor in inputs}
         inner: list[Node] = []
         for node in live:
@@ -736,8 +741,8 @@ class Graph:
                     present.add(tensor.name)
                     model.graph.initializer.append(OnnxExporter.export_tensor_proto(tensor))
         for info in model.graph.output:
-            if info.name in self._declared:
-                info.CopyFrom(self._declared[info.name])
+            if info.name in self._interface:
+                info.CopyFrom(self._interface[info.name])
         del model.graph.value_info[:]
         model.graph.metadata_props.extend(self._graph_metadata)
         model.MergeFrom(self._header)
@@ -817,6 +822,7 @@ __all__ = [
     "captured_names",
     "is_float",
     "is_narrow",
+    "is_tensor",
     "operands",
     "static",
     "subgraphs",

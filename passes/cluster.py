@@ -213,4 +213,3 @@ def _pointwise(node: Node) -> bool:
         return False
     row = rules.lookup(node.op, node.domain, (0,))
     return node.op in _POINTWISE or isinstance(row, rules.Elementwise)
-

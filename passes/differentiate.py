@@ -149,9 +149,7 @@ class Sweep:
         shares = inner.run(nodes, active, seeds, wanted)
         return {wanted[name]: m for name, m in shares.items()}
 
-    def _clusters(
-        self, site: Site, nodes: Sequence[Node], active: set[str]
-    ) -> dict[str, Cluster]:
+    def _clusters(self, site: Site, nodes: Sequence[Node], active: set[str]) -> dict[str, Cluster]:
         """Nonlinearities spelled out within a definition or a body."""
         graph = self.graph
         outside = {t.name for t in site.inputs if t is not None and graph.value(t) is None}
@@ -169,7 +167,7 @@ class Sweep:
 
     def share(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> list[Node]:
         """``nodes``, sorted, without those that compute what an earlier one does."""
-        return share(self.graph, self.graph.sorted(nodes), {t.name for t in outputs})
+        return share(self.graph, self.graph.in_order(nodes), {t.name for t in outputs})
 
     def note(self, message: str) -> None:
         """Tell the user something about the result, once."""

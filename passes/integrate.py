@@ -56,7 +56,7 @@ def integrate(job: Job) -> None:
         ]
         still = op.Identity(go_on)
     results = [still, *sums]
-    nodes = share(graph, graph.sorted(nodes), {t.name for t in results})
+    nodes = share(graph, graph.in_order(nodes), {t.name for t in results})
     body = graph.subgraph("path", nodes, [number, go_on, *carried], results)
     totals = op.Loop(graph.constant(groups, np.int64), None, *start, body=body, outputs=len(start))
     for tensor, total in zip(

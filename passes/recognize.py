@@ -10,6 +10,8 @@ stands for the operator.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_graphsurgeon as gs
 
 from onnx_attrib.ir import Graph, Node, Tensor
@@ -30,21 +32,19 @@ def recognize(job: Job) -> None:
 
 
 def _softmax(graph: Graph, last: Node) -> Cluster | None:
-    """exp(u) / Σ exp(u)."""
+    """exp(u) / Σ exp(u), or exp(u) times the reciprocal of the sum."""
     if last.op == "Div":
-        top, bottom = last.inputs
+        pairs = [tuple(last.inputs)]
     elif last.op == "Mul":
-        inverse = [t for t in last.inputs if _made_by(t, "Reciprocal")]
-        if len(inverse) != 1:
-            return None
-        (top,) = [t for t in last.inputs if t is not inverse[0]]
-        bottom = _producer(inverse[0]).inputs[0]
+        pairs = [(a, b[0]) for a, c in _both_ways(last.inputs) if (b := _made(c, "Reciprocal"))]
     else:
         return None
-    axis = _reduced(graph, bottom, "ReduceSum", top)
-    if axis is None or not _made_by(top, "Exp"):
-        return None
-    return _region(graph, "Softmax", axis, _producer(top).inputs[0], last.outputs[0])
+    for top, bottom in pairs:
+        shifted = _made(top, "Exp")
+        axis = _reduced(graph, bottom, "ReduceSum", top)
+        if shifted and axis is not None:
+            return _region(graph, "Softmax", axis, shifted[0], last.outputs[0])
+    return None
 
 
 def _log_softmax(graph: Graph, last: Node) -> Cluster | None:
@@ -52,14 +52,12 @@ def _log_softmax(graph: Graph, last: Node) -> Cluster | None:
     if last.op != "Sub":
         return None
     shifted, normalizer = last.inputs
-    log = _behind(normalizer)
-    if not _made_by(log, "Log"):
+    total = _made(_behind(normalizer), "Log")
+    powers = _made(_behind(total[0]), "ReduceSum") if total else None
+    logits = _made(powers[0], "Exp") if powers else None
+    if not (total and powers and logits) or logits[0] != shifted:
         return None
-    total = _producer(log).inputs[0]
-    powers = _producer(_behind(total)).inputs[0] if _made_by(_behind(total), "ReduceSum") else None
-    if powers is None or not _made_by(powers, "Exp") or _producer(powers).inputs[0] != shifted:
-        return None
-    axis = _reduced(graph, total, "ReduceSum", powers)
+    axis = _reduced(graph, total[0], "ReduceSum", powers[0])
     if axis is None:
         return None
     return _region(graph, "LogSoftmax", axis, shifted, last.outputs[0])
@@ -68,10 +66,9 @@ def _log_softmax(graph: Graph, last: Node) -> Cluster | None:
 def _region(graph: Graph, op: str, axis: int, shifted: Tensor, output: Tensor) -> Cluster | None:
     """The region as ``op`` of the logits before a shift by their maximum, if there is one."""
     root = shifted
-    if _made_by(shifted, "Sub"):
-        logits, shift = _producer(shifted).inputs
-        if _reduced(graph, shift, "ReduceMax", logits) == axis:
-            root = logits
+    difference = _made(shifted, "Sub")
+    if difference and _reduced(graph, difference[1], "ReduceMax", difference[0]) == axis:
+        root = difference[0]
     if graph.shape(root) != graph.shape(output):
         return None
     stand_in = gs.Node(op, output.name, attrs={"axis": axis})
@@ -102,9 +99,14 @@ def _behind(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _made_by(tensor: Tensor, op: str) -> bool:
+def _made(tensor: Tensor, op: str) -> Sequence[Tensor] | None:
+    """The inputs of the ``op`` that computes ``tensor``, or None if it is not one."""
     node = _producer(tensor)
-    return node is not None and node.op == op and not node.domain
+    return node.inputs if node is not None and node.op == op and not node.domain else None
+
+
+def _both_ways(pair: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(pair[0], pair[1]), (pair[1], pair[0])]
 
 
 def _producer(tensor: Tensor) -> Node | None:

@@ -290,7 +290,7 @@ def _hard_sigmoid(keras: Any) -> Callable[[Any], Any]:
     return lambda z: keras.ops.clip(0.2 * z + 0.5, 0.0, 1.0)
 
 
-# -- the exporters' networks: the same weights in every framework ------------------------------------
+# -- the exporters' networks: the same weights in every framework ----------------------------------
 
 
 def weights(name: str) -> dict[str, Array]:
@@ -503,7 +503,9 @@ def jax_exports(folder: Path) -> None:
 
     def conv(x: Any, w: dict[str, Array], i: int, padding: str) -> Any:
         dims = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x, w[f"kernel{i}"], (1, 1), padding, dimension_numbers=dims)
+        y = jax.lax.conv_general_dilated(
+            x, w[f"kernel{i}"], (1, 1), padding, dimension_numbers=dims
+        )
         return y + w[f"bias{i}"]
 
     def cnn(x: Any) -> Any:
@@ -566,8 +568,16 @@ def sklearn_exports(folder: Path) -> None:
         "iris": (load_iris, StandardScaler(), MLPClassifier((16,), max_iter=400)),
         "cancer": (load_breast_cancer, MinMaxScaler(), MLPClassifier((16, 8), "tanh")),
         "wide": (load_iris, Normalizer(), MLPClassifier((16,), "logistic", max_iter=400)),
-        "diabetes": (load_diabetes, StandardScaler(), MLPRegressor(hidden_layer_sizes=(16, 16), max_iter=400)),
-        "robust": (load_diabetes, RobustScaler(), MLPRegressor(hidden_layer_sizes=(8,), activation="tanh")),
+        "diabetes": (
+            load_diabetes,
+            StandardScaler(),
+            MLPRegressor(hidden_layer_sizes=(16, 16), max_iter=400),
+        ),
+        "robust": (
+            load_diabetes,
+            RobustScaler(),
+            MLPRegressor(hidden_layer_sizes=(8,), activation="tanh"),
+        ),
     }
     for name, (data, scaler, network) in pipelines.items():
         x, y = data(return_X_y=True)
@@ -582,7 +592,7 @@ def sklearn_exports(folder: Path) -> None:
 
 
 def inception(folder: Path) -> None:
-    """nsfwjs's Inception V3: tfjs layers and 8-bit weights, written as ONNX."""
+    """Inception V3 of nsfwjs: tfjs layers and 8-bit weights, written as ONNX."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -613,7 +623,9 @@ def inception(folder: Path) -> None:
         weights[entry["name"]] = (raw * scale["scale"] + scale["min"]).reshape(entry["shape"])
         at += count * kind.itemsize
 
-    nodes, initializers, made = [], [], {}
+    nodes: list[Any] = []
+    initializers: list[Any] = []
+    made: dict[str, str] = {}
 
     def constant(name: str, value: Array) -> str:
         initializers.append(numpy_helper.from_array(np.asarray(value, np.float32), name))

@@ -77,7 +77,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "svc rbf": ("SVMClassifier", vectors(3, "RBF", 0.4, 0, 0)),
     "svc poly": ("SVMClassifier", vectors(3, "POLY", 0.3, 0.7, 2)),
     "svc of two": ("SVMClassifier", vectors(2, "RBF", 0.4, 0, 0)),
-    "svc of two, platt": ("SVMClassifier", vectors(2, "RBF", 0.4, 0, 0, prob_a=[-1.5], prob_b=[0.2])),
+    "svc of two, platt": (
+        "SVMClassifier",
+        vectors(2, "RBF", 0.4, 0, 0, prob_a=[-1.5], prob_b=[0.2]),
+    ),
 }
 
 

@@ -55,7 +55,7 @@ def load(name: str) -> ModelProto:
     return onnx.load(path)
 
 
-# -- realistic inputs: each returns the values for x (which=0) and for a baseline (which=1) ---------
+# -- realistic inputs: of x (which=0) and of a baseline (which=1) ----------------------------------
 
 
 def picture(side: int | tuple[int, int], which: int, kind: str = "imagenet") -> Array:
@@ -76,7 +76,8 @@ def written(height: int, width: int, which: int) -> Array:
 
     image = Image.new("RGB", (width, height), (235, 230, 220))
     font = ImageFont.load_default(size=height * 0.6)
-    ImageDraw.Draw(image).text((6, height * 0.15), ("Hello 42", "onnx 17")[which], (30, 30, 60), font)
+    words = ("Hello 42", "onnx 17")[which]
+    ImageDraw.Draw(image).text((6, height * 0.15), words, (30, 30, 60), font)
     return np.asarray(image, np.float32)
 
 
@@ -85,8 +86,10 @@ def speech(count: int, length: int, which: int) -> Array:
     rng = np.random.default_rng(which)
     t = np.arange(count * length) / 16000
     pitch = 2 * np.pi * np.cumsum(120 + 60 * which + 20 * np.sin(2 * np.pi * 3 * t)) / 16000
-    voice = sum(np.sin(k * pitch) / k * np.exp(-(((k * 130 - 600) / 900) ** 2)) for k in range(1, 20))
-    sound = 0.2 * voice * (0.6 + 0.4 * np.sin(2 * np.pi * 2 * t)) + 0.01 * rng.standard_normal(t.size)
+    k = np.arange(1, 20)[:, None]
+    voice = (np.sin(k * pitch) / k * np.exp(-(((k * 130 - 600) / 900) ** 2))).sum(0)
+    loud = 0.2 * (0.6 + 0.4 * np.sin(2 * np.pi * 2 * t))
+    sound = loud * voice + 0.01 * rng.standard_normal(t.size)
     return np.asarray(sound, np.float32).reshape(count, length)
 
 
@@ -224,7 +227,8 @@ CASES = [
 # -- the light topologies --------------------------------------------------------------------------
 
 LIGHT = (
-    "bvlc_alexnet densenet121 inception_v1 inception_v2 resnet50 shufflenet squeezenet vgg19 zfnet512"
+    "bvlc_alexnet densenet121 inception_v1 inception_v2 resnet50 shufflenet squeezenet vgg19 "
+    "zfnet512"
 ).split()
 
 
@@ -268,7 +272,7 @@ def light(name: str) -> ModelProto:
 def _weight(rng: np.random.Generator, op: str, i: int, shape: tuple[int, ...]) -> Array:
     normal = rng.standard_normal(shape)
     if op in ("Conv", "Gemm", "MatMul") and i == 1:
-        normal *= np.sqrt(2 / max(np.prod(shape[1:]), 1))
+        normal *= np.sqrt(2 / max(int(np.prod(shape[1:])), 1))
     elif op == "BatchNormalization":
         normal = (1 + 0.2 * normal, 0.2 * normal, 0.2 * normal, np.abs(1 + 0.2 * normal))[i - 1]
     elif op == "Mul":
@@ -311,20 +315,20 @@ def subject(model: ModelProto, feeds: Feeds, other: Feeds, case: Case) -> Subjec
     values, others = numeric.run(tapped, feeds), numeric.run(tapped, {**feeds, **other})
     cut = with_inputs(model, {name: values[name] for name in inner})
     point = {**feeds, **{name: values[name] for name in inner}}
-    moved = {name: others[name] if name in inner else other.get(name, feeds.get(name)) for name in names}
-    for name in inner:
-        if moved[name].shape != values[name].shape:
-            moved[name] = values[name]
+    moved = {name: others[name] if name in inner else other[name] for name in names}
     if output not in outputs:
-        model, cut = with_outputs(model, [output]), with_outputs(cut, [output])
+        rank = numeric.run(with_outputs(model, [output]), feeds)[output].ndim
+        model, cut = with_outputs(model, [output], rank), with_outputs(cut, [output], rank)
     return Subject(model, cut, output, names, point, moved)
 
 
-def with_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:
+def with_outputs(model: ModelProto, names: Sequence[str], rank: int | None = None) -> ModelProto:
+    """The model with inner tensors as outputs (``rank``: of all of them, which makes it valid)."""
     result = ModelProto()
     result.CopyFrom(model)
+    shape = None if rank is None else [None] * rank
     for name in names:
-        result.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+        result.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     return result
 
 
@@ -414,23 +418,23 @@ def line(
 def check_default(tested: Subject, case: Case, feeds: Feeds) -> None:
     """The source model itself, compiled with every default, attributes like the cut one."""
     for method, baseline in (("gradient", "zeros"), ("deeplift", "input")):
-        options = {} if method == "gradient" else {"baseline": baseline}
         whole = onnx_attrib.compile(
             tested.source,
             method=method,
             target="seed",
             inputs=case.inputs,
             output=case.output,
-            **options,
+            baseline=baseline,
         )
         numeric.check_graph(whole, tested.source)
         source = numeric.run(tested.source, feeds)
         wanted = {info.name for info in whole.graph.input}
         other = {f"{name}_baseline": value for name, value in case.feeds(1).items()}
-        seed = np.random.default_rng(4).standard_normal(source[tested.output].shape)
+        shape = source[tested.output].shape
+        seed = np.random.default_rng(4).standard_normal(shape).astype(np.float32)
         given = {k: v for k, v in {**feeds, **other}.items() if k in wanted}
         assert set(wanted) == {*given, "seed"}
-        result = numeric.run(whole, {**given, "seed": seed.astype(np.float32)})
+        result = numeric.run(whole, {**given, "seed": seed})
         for name, value in source.items():
             close(result[name], value, 1e-4, name)
         cut = onnx_attrib.compile(
@@ -439,10 +443,10 @@ def check_default(tested: Subject, case: Case, feeds: Feeds) -> None:
             target="seed",
             inputs=tested.names,
             output=tested.output,
-            **options,
+            baseline=baseline,
         )
         moved = {f"{name}_baseline": value for name, value in tested.others.items()}
-        again = numeric.run(cut, {**tested.feeds, **moved, "seed": seed.astype(np.float32)})
+        again = numeric.run(cut, {**tested.feeds, **moved, "seed": seed})
         for name in tested.names:
             key = f"{name}_attribution"
             close(result[key], again[key], 1e-3, key)
@@ -455,7 +459,7 @@ def close(actual: Array, expected: Array, tolerance: float, name: str) -> None:
         np.testing.assert_array_equal(actual, expected, err_msg=name)
         return
     scale = float(np.abs(expected).max()) if expected.size else 0.0
-    error = float(np.abs(actual.astype(np.float64) - expected).max()) if expected.size else 0.0
+    error = float(np.abs(actual - expected.astype(np.float64)).max()) if expected.size else 0.0
     assert error <= tolerance * scale + 1e-7, f"{name}: off by {error}, largest {scale}"
 
 
@@ -471,7 +475,8 @@ def test_model(case: Case) -> None:
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_topology(name: str) -> None:
     model = light(name)
-    info = next(i for i in model.graph.input if i.name not in {t.name for t in model.graph.initializer})
+    weights = {tensor.name for tensor in model.graph.initializer}
+    info = next(info for info in model.graph.input if info.name not in weights)
     sides = tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
 
     def feeds(which: int) -> Feeds:

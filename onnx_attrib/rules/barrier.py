@@ -14,7 +14,7 @@ HannWindow Hardmax ImageDecoder IsInf IsNaN Less LessOrEqual MatMulInteger MelWe
 Multinomial NonMaxSuppression NonZero Not OneHot OptionalHasElement Or QLinearConv QLinearMatMul
 QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range RegexFullMatch
 Round SequenceEmpty SequenceLength Shape Sign Size StringConcat StringNormalizer StringSplit
-TfIdfVectorizer Unique Xor
+TfIdfVectorizer Xor
 """
 
 for name in NAMES.split():

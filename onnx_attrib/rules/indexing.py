@@ -11,11 +11,12 @@ ScatterND loses additions when it runs on several threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from onnx_attrib.ir import Tensor, static
+from onnx_attrib.ir import Tensor, is_tensor, static
 from onnx_attrib.rules.base import Linear, Site, Unsupported, add
 from onnx_attrib.rules.shape import DATA_ONLY
 
@@ -28,7 +29,7 @@ SAME_PLACES = "exact where it starts and ends at the same places at x and x̄"
 
 ZERO, ONE = np.zeros(1, np.int64), np.ones(1, np.int64)
 _LAST = np.iinfo(np.int64).max
-_NUMPY = {
+_NUMPY: dict[str, Callable[..., Ints]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
@@ -46,14 +47,14 @@ _NUMPY = {
 
 def calc(s: Site, name: str, *operands: Ints) -> Ints:
     """One step of integer arithmetic."""
-    if any(isinstance(operand, Tensor) for operand in operands):
+    if any(is_tensor(operand) for operand in operands):
         return s.graph.emit(name, *operands)
     return _NUMPY[name](*operands)
 
 
 def join(s: Site, *parts: Ints) -> Ints:
     """Vectors end to end."""
-    if any(isinstance(part, Tensor) for part in parts):
+    if any(is_tensor(part) for part in parts):
         return s.op.Concat(*parts, axis=0)
     return np.concatenate(parts)
 
@@ -71,7 +72,7 @@ def whole_numbers(s: Site, i: int) -> Ints:
 def sizes(s: Site, tensor: Tensor, axes: Ints = None) -> Ints:
     """The sizes of ``tensor`` along ``axes`` (all of them, if None)."""
     shape = s.shape(tensor)
-    if shape is not None and not isinstance(axes, Tensor):
+    if shape is not None and not is_tensor(axes):
         known = static(shape if axes is None else tuple(shape[k] for k in axes))
         if known is not None:
             return np.array(known, np.int64)
@@ -160,8 +161,8 @@ def slice_pull(s: Site, i: int) -> Tensor:
     if axes is None:
         axes = count_up(s, sizes(s, s.x(1)))
     steps = ONE if steps is None else steps
-    vague = isinstance(axes, Tensor) or s.shape(s.y) is None
-    if isinstance(steps, Tensor) or (vague and np.any(steps != 1)):
+    vague = is_tensor(axes) or s.shape(s.y) is None
+    if is_tensor(steps) or (vague and np.any(steps != 1)):
         return replay(s, i)
 
     extent, count = sizes(s, s.x(), axes), sizes(s, s.y, axes)
@@ -214,7 +215,7 @@ def pad_pull(s: Site, i: int) -> Tensor:
         return s.reshape(s.op.ReduceSum(share, keepdims=0), s.x(2))
     if mode == "constant":
         return s.op.Pad(s.m, calc(s, "Neg", pads), None, axes)
-    if isinstance(pads, Tensor) or isinstance(axes, Tensor) or np.any(pads < 0):
+    if is_tensor(pads) or is_tensor(axes) or np.any(pads < 0):
         return replay(s, i)
     axes = np.arange(s.rank(s.x())) if axes is None else axes % s.rank(s.x())
     m = s.m
@@ -288,7 +289,7 @@ def scatter_pull(s: Site, i: int) -> Tensor:
     if reduction not in ("none", "add"):
         raise Unsupported(f"reduction '{reduction}'")
     elements = s.node.op == "ScatterElements"
-    where: dict[str, int] = {"axis": s.attr("axis")} if elements else {}
+    where: dict[str, Any] = {"axis": s.attr("axis")} if elements else {}
     if i == 2:
         return s.graph.emit("GatherElements" if elements else "GatherND", s.m, s.x(1), **where)
     if reduction == "add":

@@ -1,0 +1,210 @@
+"""``onnx-attrib verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from onnx_attrib.cli.common import (
+    TargetType,
+    as_usage_error,
+    chosen_method,
+    json_option,
+    number_or_text,
+    print_json,
+    progress,
+)
+from onnx_attrib.cli.reading import Reader
+from onnx_attrib.errors import OptionError
+from onnx_attrib.feeds import Port
+from onnx_attrib.images import is_array_file, load_arrays
+from onnx_attrib.model_io import load
+from onnx_attrib.recipe import Recipe
+from onnx_attrib.session import onnxruntime, open_session, port_of
+from onnx_attrib.verify import Check, Verification, verify
+
+_HEAD = ("check", "", "residual", "± uncertainty", "limit", "")
+
+
+@click.command(
+    "verify",
+    epilog="""\b
+Examples:
+  onnx-attrib verify model.onnx --method gradient
+  onnx-attrib verify model.deeplift.onnx --source model.onnx
+  onnx-attrib verify model.deeplift.onnx --input batch.npz --dim sequence=128 --json
+
+A residual is relative to what it is a residual of. It is OFF where it is beyond the limit and the
+uncertainty together; "unclear" where the uncertainty alone is too large to tell.
+""",
+)
+@click.argument("model", metavar="MODEL|COMPILED", type=click.Path(path_type=Path))
+@click.option(
+    "--method", metavar="NAME", help="Compile MODEL for this method first. [default: deeplift]"
+)
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the method; may be repeated.",
+)
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="MODEL",
+    help="What COMPILED was compiled from: its outputs must be unchanged.",
+)
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="An image, .npy or .npz (arrays by input name), as for run. [default: random]",
+)
+@click.option(
+    "--baseline",
+    metavar="zeros|input|NUMBER|FILE",
+    help="The reference: of MODEL as for compile; what COMPILED takes at run time, or the array it "
+    "was compiled with. [default: zeros; random at run time]",
+)
+@click.option("--target", type=TargetType(), help="The index to explain. [default: random]")
+@click.option(
+    "--samples", type=click.IntRange(min=1), help="Random batches. [default: 3; 1 if all are given]"
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of differences and sums, relative. [default: 0.005; 0.05 in 16 bits]",
+)
+@click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="Size of an open dimension of random inputs; may be repeated. [default: 2 for the batch]",
+)
+@json_option
+@click.pass_context
+def verify_command(
+    ctx: click.Context,
+    model: Path,
+    method: str | None,
+    options: tuple[str, ...],
+    source: Path | None,
+    inputs: tuple[str, ...],
+    baseline: str | None,
+    target: Any,
+    samples: int | None,
+    seed: int,
+    tolerance: float | None,
+    dims: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Check a COMPILED model, or compile MODEL and check the result.
+
+    The graph is valid, the model's own outputs are unchanged, gradients agree with differences of
+    the model's own values, attributions of conserving methods sum to S(x) − S(x̄). Exits 1 when one
+    of these is off.
+    """
+    chosen, parsed = (None, {}) if method is None else chosen_method(method, options)
+    if method is None and options:
+        chosen, parsed = chosen_method("deeplift", options)
+    given = _inputs(model, inputs) if inputs else None
+    with progress(f"verifying {model.name}"):
+        found = verify(
+            model,
+            None if chosen is None else chosen.name,
+            source=source,
+            inputs=given,
+            baseline=None if baseline is None else _baseline(baseline),
+            target=target,
+            samples=samples,
+            seed=seed,
+            tolerance=tolerance,
+            dims=_dims(dims),
+            **parsed,
+        )
+    if as_json:
+        print_json({"model": str(model), **found.to_dict()})
+    else:
+        click.echo(_text(model, found))
+    if not found.ok:
+        ctx.exit(1)
+
+
+def _inputs(model: Path, texts: Sequence[str]) -> dict[str, Any]:
+    proto, _ = load(model)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    metadata = {prop.key: prop.value for prop in proto.metadata_props}
+    recipe = Recipe.read(metadata)
+    session = open_session(onnxruntime(), proto, ["CPUExecutionProvider"], f"'{model}'")
+    ports = [port for port in map(port_of, session.get_inputs()) if port.name not in weights]
+    if recipe is not None:
+        ports = [port for port in ports if not _added(port, recipe, ports)]
+    loaded = Reader(metadata=metadata).inputs(ports, texts)
+    return {name: item.value for name, item in loaded.items()}
+
+
+def _added(port: Port, recipe: Recipe, ports: Sequence[Port]) -> bool:
+    """Whether an input is the compiler's: a target, a seed, or a baseline."""
+    if port.name == recipe.target and port.name in ("seed",):
+        return True
+    if port.name == "target" and recipe.target == "input":
+        return True
+    names = {f"{other.name}_baseline" for other in ports}
+    return recipe.baseline == "input" and port.name in names
+
+
+def _baseline(text: str) -> Any:
+    value = number_or_text(text)
+    if isinstance(value, str) and is_array_file(Path(value)):
+        return load_arrays(Path(value))
+    return value
+
+
+def _dims(texts: Sequence[str]) -> dict[str, int]:
+    found = {}
+    with as_usage_error():
+        for text in texts:
+            name, _, size = text.rpartition("=")
+            if not name or not size.isdecimal() or int(size) < 1:
+                raise OptionError(f"'{text}' is not of the form NAME=SIZE")
+            found[name] = int(size)
+    return found
+
+
+def _text(model: Path, found: Verification) -> str:
+    options = " ".join(f"{key}={value}" for key, value in found.options.items())
+    batches = f"{found.samples} batch{'es' * (found.samples != 1)}"
+    lines = [f"{model}: {found.method} {options}".rstrip() + f", {batches}"]
+    table = [_HEAD, *(_row(check) for check in found.checks)]
+    widths = [max(len(row[k]) for row in table) for k in range(len(_HEAD))]
+    for row in table:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    lines += [f"Note: {note}" for note in found.notes]
+    off = sum(check.status == "OFF" for check in found.checks)
+    unclear = sum(check.status == "unclear" for check in found.checks)
+    verdict = f"{off} of {len(found.checks)} checks OFF" if off else "Nothing is off"
+    return "\n".join([*lines, verdict + (f", {unclear} unclear" if unclear else "")])
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    return (
+        check.name,
+        check.status,
+        _number(check.residual),
+        _number(check.uncertainty),
+        "" if check.tolerance is None else f"{check.tolerance:g}",
+        check.detail,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else "nan" if np.isnan(value) else f"{value:.1e}"
