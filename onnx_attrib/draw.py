@@ -16,7 +16,9 @@ BATCH = 2
 SIZES = (8, 32, 64, 224)
 """What is tried for other open dimensions."""
 # Operators whose output holds the same numbers as their first input.
-_PASSING = frozenset("Identity Cast Reshape Flatten Squeeze Unsqueeze Transpose Slice Expand".split())
+_PASSING = frozenset(
+    "Identity Cast Reshape Flatten Squeeze Unsqueeze Transpose Slice Expand".split()
+)
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,20 @@ class Drawer:
         """One batch."""
         return {port.name: self._array(port, rng) for port in self.ports}
 
+    def other(self, like: Array, rng: np.random.Generator) -> Array:
+        """Another batch in the place of one: floats anew, whole numbers in another order."""
+        if like.dtype.kind == "f" or like.dtype.name == "bfloat16":
+            return self._floats(like.shape, rng).astype(like.dtype)
+        return rng.permuted(like.reshape(len(like), -1), axis=1).reshape(like.shape)
+
+    def _floats(self, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+        return np.asarray(rng.uniform(0.1, 0.9, shape) if self.positive else rng.normal(size=shape))
+
     def _array(self, port: Port, rng: np.random.Generator) -> Array:
         shape = self._shape(port)
         kind = "O" if port.dtype is None else port.dtype.kind
         if port.dtype is not None and (kind == "f" or port.dtype.name == "bfloat16"):
-            drawn = rng.uniform(0.1, 0.9, shape) if self.positive else rng.normal(size=shape)
-            return np.asarray(drawn).astype(port.dtype)
+            return self._floats(shape, rng).astype(port.dtype)
         if kind == "b" or (kind in "iu" and "mask" in port.name.lower()):
             return np.ones(shape, port.dtype)
         if kind in "iu":

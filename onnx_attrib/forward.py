@@ -82,7 +82,7 @@ def read_by(node: NodeProto) -> Iterator[str]:
 
 def computed_from(model: ModelProto, names: Sequence[str]) -> set[str]:
     """Names of the tensors that are computed from ``names``."""
-    reached, found = set(names), set()
+    reached, found = set(names), set[str]()
     for node in model.graph.node:
         if any(name in reached for name in read_by(node)):
             found.update(name for name in node.output if name)

@@ -16,11 +16,20 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
 from onnx_attrib.errors import ModelError
+from onnx_attrib.protos import (
+    captured_names,
+    captures_of,
+    holds_only_plain,
+    inner_names,
+    is_plain,
+    rename_captures,
+    subgraphs,
+)
 
 OPSET = 21
 """Emitted opset: the newest that has CUDA kernels for MaxPool, Elu and their like."""
@@ -32,16 +41,6 @@ Node: TypeAlias = gs.Node
 Dim = int | str | None
 Shape = tuple[Dim, ...]
 
-# Attribute types that survive a trip through graphsurgeon unharmed.
-_PLAIN_ATTRIBUTES = {
-    AttributeProto.FLOAT: "f",
-    AttributeProto.INT: "i",
-    AttributeProto.STRING: "s",
-    AttributeProto.TENSOR: "t",
-    AttributeProto.FLOATS: "floats",
-    AttributeProto.INTS: "ints",
-    AttributeProto.STRINGS: "strings",
-}
 _SMALL = 4096
 INTERNAL = "onnx_attrib"
 """The domain of operators that never leave the compiler: see :func:`spelled_out`."""
@@ -69,32 +68,6 @@ def static(shape: Shape | None) -> tuple[int, ...] | None:
     return tuple(dim for dim in shape if isinstance(dim, int))
 
 
-def captured_names(graph: GraphProto) -> list[str]:
-    """Names that a subgraph uses from outside itself, in order of first use."""
-    local = {t.name for t in graph.input} | {t.name for t in graph.initializer}
-    local |= {t.values.name for t in graph.sparse_initializer}
-    used: dict[str, None] = {}
-    for node in graph.node:
-        for name in node.input:
-            if name and name not in local:
-                used[name] = None
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                used.update((name, None) for name in captured_names(inner) if name not in local)
-        local.update(node.output)
-    used.update((t.name, None) for t in graph.output if t.name not in local)
-    return list(used)
-
-
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs a node holds in its attributes (If, Loop, Scan)."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
 def operands(node: Node) -> list[Tensor]:
     """What a node reads, by index: its inputs (nameless where left out), then its captures."""
     return [*node.inputs, *_captures(node)]
@@ -114,40 +87,6 @@ def _captures(node: Node) -> list[Tensor]:
 def _kept(node: Node) -> NodeProto | None:
     """The protobuf of a node of which graphsurgeon would lose a part."""
     return getattr(node, "kept", None)
-
-
-def _rename_captures(graph: GraphProto, names: Mapping[str, str]) -> None:
-    local = {t.name for t in graph.input} | {t.name for t in graph.initializer}
-    local |= {output for node in graph.node for output in node.output}
-    names = {old: new for old, new in names.items() if old not in local}
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = names.get(name, name)
-        for inner in subgraphs(node):
-            _rename_captures(inner, names)
-    for output in graph.output:
-        output.name = names.get(output.name, output.name)
-
-
-def _holds_only_plain(node: NodeProto) -> bool:
-    if node.doc_string or node.metadata_props or node.overload:
-        return False
-    return all(_is_plain(attribute) for attribute in node.attribute)
-
-
-def _is_plain(attribute: AttributeProto) -> bool:
-    field = _PLAIN_ATTRIBUTES.get(attribute.type)
-    if field is None or attribute.ref_attr_name:
-        return False
-    value = getattr(attribute, field)
-    if field in ("floats", "ints", "strings") and not len(value):
-        return False
-    if field in ("s", "strings"):
-        try:
-            _ = [item.decode() for item in ([value] if field == "s" else value)]
-        except UnicodeDecodeError:
-            return False
-    return True
 
 
 def annotate(node: Node, op_type: str, *extra: Tensor) -> None:
@@ -228,9 +167,9 @@ class Graph:
         for node, proto in zip(self.gs.nodes, kept, strict=True):
             if proto is not None:
                 node.kept = proto
-                node.captures = [self._tensor(name) for name in _captured(proto)]
+                node.captures = [self._tensor(name) for name in captures_of(proto)]
         self._names = set(self._tensors) | {node.name for node in self.gs.nodes}
-        self._names |= {name for proto in kept if proto for name in _inner_names(proto)}
+        self._names |= {name for proto in kept if proto for name in inner_names(proto)}
         self._counters: dict[str, int] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Tensor] = {}
         self._sink: list[Node] = self.gs.nodes
@@ -239,11 +178,11 @@ class Graph:
     @staticmethod
     def _set_aside(node: NodeProto) -> NodeProto | None:
         """Keep a node's protobuf where graphsurgeon would lose or choke on part of it."""
-        if _holds_only_plain(node):
+        if holds_only_plain(node):
             return None
         kept = NodeProto()
         kept.CopyFrom(node)
-        plain = [attribute for attribute in kept.attribute if _is_plain(attribute)]
+        plain = [attribute for attribute in kept.attribute if is_plain(attribute)]
         del node.attribute[:]
         node.attribute.extend(plain)
         return kept
@@ -379,7 +318,7 @@ class Graph:
         if bodies:
             node.kept = OnnxExporter.export_node(node)
             node.kept.attribute.extend(helper.make_attribute(k, v) for k, v in bodies.items())
-            node.captures = [self._tensors[name] for name in _captured(node.kept)]
+            node.captures = [self._tensors[name] for name in captures_of(node.kept)]
         self.infer(node)
         for tensor in results:
             self._tensors[tensor.name] = tensor
@@ -527,7 +466,7 @@ class Graph:
             original, kept = kept, NodeProto()
             kept.CopyFrom(original)
             for inner in subgraphs(kept):
-                _rename_captures(inner, renamed)
+                rename_captures(inner, renamed)
         copy.kept = kept
         copy.captures = [mapping.get(t.name, t) for t in captures]
 
@@ -661,9 +600,9 @@ class Graph:
             proto.domain or None,
         )
         if kept is not None:
-            captured = _captured(kept)
+            captured = captures_of(kept)
             for inner in subgraphs(kept):
-                _rename_captures(inner, {name: bound[name].name for name in captured})
+                rename_captures(inner, {name: bound[name].name for name in captured})
             node.kept, node.captures = kept, [bound[name] for name in captured]
         self._infer_more(node)
         bound.update((n, t) for n, t in zip(proto.output, outputs, strict=True) if n)
@@ -765,22 +704,6 @@ class Graph:
             exported.overload = kept.overload
             exported.metadata_props.extend(kept.metadata_props)
         return exported
-
-
-def _captured(node: NodeProto) -> list[str]:
-    """Names that the subgraphs of a node use from outside, each once."""
-    found = (name for inner in subgraphs(node) for name in captured_names(inner))
-    return list(dict.fromkeys(found))
-
-
-def _inner_names(node: NodeProto) -> Iterator[str]:
-    for graph in subgraphs(node):
-        yield from (t.name for t in graph.input)
-        yield from (t.name for t in graph.initializer)
-        for inner in graph.node:
-            yield inner.name
-            yield from inner.output
-            yield from _inner_names(inner)
 
 
 def _declaration(tensor: Tensor) -> onnx.ValueInfoProto:

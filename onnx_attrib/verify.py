@@ -13,7 +13,7 @@ tolerance and that.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,19 @@ from onnx_attrib.errors import CompileError, OptionError, suggest
 from onnx_attrib.feeds import Array, fit, line
 from onnx_attrib.forward import Forward, computed_from
 from onnx_attrib.ir import subgraphs
+from onnx_attrib.measure import (
+    Measured,
+    Predict,
+    Score,
+    best_known,
+    central,
+    columns,
+    epsilon,
+    norms,
+    one_hot,
+    typical,
+    weighted,
+)
 from onnx_attrib.methods import Method
 from onnx_attrib.methods import get as method_named
 from onnx_attrib.methods.base import GRADIENT
@@ -46,7 +59,6 @@ _SAME = 1e-4
 _VAGUE = 0.2
 """A relative uncertainty beyond which a check says nothing."""
 _DIRECTIONS = 3
-_STEPS = tuple(0.1 / 4**k for k in range(8))
 _STANDARD = frozenset(("", "ai.onnx", "ai.onnx.ml"))
 
 
@@ -231,9 +243,7 @@ class _Run:
         key = tuple(cut), optimized
         if key not in self._forwards:
             output = [self.explain.output]
-            self._forwards[key] = Forward(
-                self.ort, self.model, output, cut, optimized=optimized
-            )
+            self._forwards[key] = Forward(self.ort, self.model, output, cut, optimized=optimized)
         return self._forwards[key]
 
     # -- drawing -----------------------------------------------------------------------------
@@ -253,8 +263,9 @@ class _Run:
         for port in self.explain.inputs:
             if port.name in given:
                 shape = np.shape(given[port.name])
-                pairs = zip(port.shape, shape, strict=False) if len(shape) == len(port.shape) else ()
-                dims.update({d: size for d, size in pairs if isinstance(d, str)})
+                if len(shape) == len(port.shape):
+                    pairs = zip(port.shape, shape, strict=True)
+                    dims.update({d: size for d, size in pairs if isinstance(d, str)})
         ports = [port for port in self.explain.inputs if port.name not in given]
         tables, problem = table_sizes(self.model), ""
         for size in SIZES:
@@ -287,9 +298,7 @@ class _Run:
             for port in self.explain.inputs
         }
 
-    def point(
-        self, feeds: dict[str, Array], drawer: Drawer, rng: np.random.Generator
-    ) -> _Point:
+    def point(self, feeds: dict[str, Array], drawer: Drawer, rng: np.random.Generator) -> _Point:
         """Run the compiled model on one batch."""
         *values, y = self._values(feeds)
         x = dict(zip(self.names, values, strict=True))
@@ -306,11 +315,12 @@ class _Run:
             return weights, {"seed": weights}
         if y.ndim < 2 or (y.ndim == 2 and y.shape[1] == 1):
             return np.ones(y.shape), {}
-        target, choice = self.explain.target, {}
+        target: Any = self.explain.target
+        choice: dict[str, Any] = {}
         if self.explain.takes_target:
             wanted = rng.integers(0, y.shape[1:], (len(y), y.ndim - 1))
             if self._target is not None:
-                wanted = np.broadcast_to(_columns(self._target, y.ndim - 1), wanted.shape)
+                wanted = np.broadcast_to(columns(self._target, y.ndim - 1), wanted.shape)
             target = wanted[:, 0] if y.ndim == 2 else wanted
             choice = {"target": target}
         elif self._target is not None:
@@ -319,8 +329,8 @@ class _Run:
             flat = y.reshape(len(y), -1).argmax(axis=1)
             index = np.stack(np.unravel_index(flat, y.shape[1:]), axis=1)
         else:
-            index = _columns(target, y.ndim - 1)
-        return _one_hot(y, np.broadcast_to(index, (len(y), y.ndim - 1))), choice
+            index = columns(target, y.ndim - 1)
+        return one_hot(y, np.broadcast_to(index, (len(y), y.ndim - 1))), choice
 
     # -- the reference -----------------------------------------------------------------------
 
@@ -328,21 +338,16 @@ class _Run:
         self, feeds: Mapping[str, Array], drawer: Drawer, rng: np.random.Generator
     ) -> Any:
         """What the compiled model takes as a baseline at run time: given, or random."""
+        given = self._baseline
         if not self.explain.baselines:
+            if given is not None and self.explain.baseline != "array":
+                raise OptionError("the baseline was fixed when the model was compiled")
             return None
-        if self._baseline is not None and not isinstance(self._baseline, str):
-            return self._baseline
-        if self._baseline == "zeros":
-            return 0.0
-        drawn = Drawer(self.explain.inputs, drawer.dims, drawer.tables, 1, drawer.positive)(rng)
-        other: dict[str, Array] = {}
-        for name in self.explain.baselines:
-            like = feeds[name]
-            if drawn[name].shape == like.shape or not like.ndim:
-                other[name] = drawn[name]
-            else:
-                other[name] = _like(like, rng)
-        return other
+        if isinstance(given, str) and given != "zeros":
+            raise OptionError(f"baseline '{given}' is not zeros, a number, or an array")
+        if given is not None:
+            return 0.0 if isinstance(given, str) else given
+        return {name: drawer.other(feeds[name], rng) for name in self.explain.baselines}
 
     def _placed(
         self, feeds: Mapping[str, Array], baselines: Any, x: Mapping[str, Array]
@@ -401,23 +406,21 @@ class _Run:
 
         def score(values: Mapping[str, Array]) -> float:
             (y,) = forward({**point.feeds, **values})
-            return float(_weighted(point.weights, y).sum())
+            return float(weighted(point.weights, y).sum())
 
         return score
 
     def _noise(self, point: _Point, cut: Sequence[str], values: Mapping[str, Array]) -> float:
         """How exact S is: by rounding the output, and by evaluating in another order."""
-        size = float(np.abs(_weighted(point.weights, point.output)).sum())
-        floor = _epsilon(point.output) * size
+        size = float(np.abs(weighted(point.weights, point.output)).sum())
+        floor = epsilon(point.output) * size
         try:
             other = self._score(point, cut, optimized=False)(values)
         except CompileError:
             return floor
         return max(floor, abs(other - self._score(point, cut)(values)))
 
-    def _differences(
-        self, name: str, points: Sequence[_Point], rng: np.random.Generator
-    ) -> Check:
+    def _differences(self, name: str, points: Sequence[_Point], rng: np.random.Generator) -> Check:
         """Directional derivatives of S along random directions of one tensor."""
         series = []
         for point in points:
@@ -427,9 +430,9 @@ class _Run:
             reference = None if point.reference is None else point.reference[name]
             probes = self._along if self.method.signed else self._at_entries
             for direction, predict in probes(x, attribution, reference, rng):
-                series.append(_central(score, name, x, direction, predict, noise))
+                series.append(central(score, name, x, direction, predict, noise))
         title, count = f"differences of '{name}'", len(series)
-        return self._judged(title, _best(series), f"{count} direction{'s' * (count != 1)}")
+        return self._judged(title, best_known(series), f"{count} direction{'s' * (count != 1)}")
 
     def _report(self, m: Array, x: Array, reference: Array | None) -> Array:
         """What the method makes of a multiplier."""
@@ -441,7 +444,7 @@ class _Run:
     def _along(
         self, x: Array, attribution: Array, reference: Array | None, rng: np.random.Generator
     ) -> Iterable[tuple[Array, Predict]]:
-        """Random directions u: attributions are slope · m, so Σ attribution · u / slope is m · u."""
+        """Random directions u. Attributions are slope · m: Σ attribution · u / slope is m · u."""
         slope = self._report(np.ones(x.shape), x, reference)
         safe = np.where(slope == 0, 1, slope)
 
@@ -450,7 +453,7 @@ class _Run:
 
         for _ in range(_DIRECTIONS):
             direction = rng.normal(size=x.shape) * slope
-            yield direction * (_rms(x) / (_rms(direction) or 1)), predict
+            yield direction * (typical(x) / (typical(direction) or 1)), predict
 
     def _at_entries(
         self, x: Array, attribution: Array, reference: Array | None, rng: np.random.Generator
@@ -460,11 +463,9 @@ class _Run:
         picked = [*order[:_DIRECTIONS], *rng.integers(0, x.size, _DIRECTIONS)] if x.size else []
         for place in dict.fromkeys(int(i) for i in picked):
             direction = np.zeros(x.shape)
-            direction.flat[place] = _rms(x)
+            direction.flat[place] = typical(x)
 
-            def predict(
-                moved: Array, derivative: float, place: int = place
-            ) -> tuple[float, float]:
+            def predict(moved: Array, derivative: float, place: int = place) -> tuple[float, float]:
                 m = np.zeros(x.shape)
                 m.flat[place] = derivative / moved.flat[place]
                 reported = self._report(m, x, reference).flat[place]
@@ -490,7 +491,7 @@ class _Run:
             total += weight * slopes[1]
             uncertain += (weight * (abs(slopes[0] - slopes[1]) + 4 * noise / step)) ** 2
         given = sum(float(np.sum(point.result.attributions[n], dtype=np.float64)) for n in cut)
-        measured = [_Measured(given - total, total, float(np.sqrt(uncertain)))]
+        measured = [Measured(given - total, total, float(np.sqrt(uncertain)))]
         return self._judged(name, measured, f"{len(path.points)} points, differences along them")
 
     def _on_path(self, point: _Point, alpha: float) -> dict[str, Array]:
@@ -518,10 +519,10 @@ class _Run:
             return self._judged(name, measured, detail)
         why = " ".join(f"{key}={value}" for key, value in options.items())
         why = f"approximated with {why}" if not promised else f"not promised: {' '.join(changed)}"
-        residual, uncertainty = _norms(measured)
+        residual, uncertainty = norms(measured)
         return Check(name, "info", f"{detail}; {why}", residual, uncertainty)
 
-    def _residuals(self, point: _Point) -> list[_Measured]:
+    def _residuals(self, point: _Point) -> list[Measured]:
         """For each sample, or for the batch where samples cannot be told apart."""
         cut = self.outermost if self.explain.baseline != "input" else []
         (base,) = self.forward(cut)(point.there)
@@ -529,7 +530,7 @@ class _Run:
         rows = len(point.output) if point.output.ndim else 1
         if any(not a.ndim or len(a) != rows for a in attributions):
             rows = 1
-        sides = [_weighted(point.weights, y).reshape(rows, -1) for y in (point.output, base)]
+        sides = [weighted(point.weights, y).reshape(rows, -1) for y in (point.output, base)]
         change = (sides[0] - sides[1]).sum(axis=1)
         given = np.zeros(rows)
         rounding = sum(np.abs(side).sum(axis=1) for side in sides)
@@ -537,11 +538,11 @@ class _Run:
             entries = np.asarray(a, np.float64).reshape(rows, -1)
             given += entries.sum(axis=1)
             rounding = rounding + np.abs(entries).sum(axis=1)
-        noise = 4 * _epsilon(point.output) * rounding
+        noise = 4 * epsilon(point.output) * rounding
         here = {n: point.x[n] for n in cut}
         noise = noise + self._noise(point, cut, here) / rows
         parts = zip(given - change, change, noise, strict=True)
-        return [_Measured(*(float(v) for v in part)) for part in parts]
+        return [Measured(*(float(v) for v in part)) for part in parts]
 
     def _delta(self, points: Sequence[_Point]) -> Check:
         """The model's own convergence_delta against the residual found here."""
@@ -555,7 +556,7 @@ class _Run:
             if len(own) != len(found):
                 own = np.array([own.sum()])
             measured += [
-                _Measured(d - f.residual, f.size, f.uncertainty)
+                Measured(d - f.residual, f.size, f.uncertainty)
                 for d, f in zip(own, found, strict=True)
             ]
         return self._judged(name, measured, "agrees with the residual found here")
@@ -563,8 +564,8 @@ class _Run:
     def _unknown(self, name: str) -> Check:
         return Check(name, "skipped", "the baseline was fixed as an array: give it (--baseline)")
 
-    def _judged(self, name: str, measured: Sequence[_Measured], detail: str) -> Check:
-        residual, uncertainty = _norms(measured)
+    def _judged(self, name: str, measured: Sequence[Measured], detail: str) -> Check:
+        residual, uncertainty = norms(measured)
         status: Status = "ok"
         if not np.isfinite(residual) or residual > self.tolerance + uncertainty:
             status = "OFF"
@@ -601,7 +602,7 @@ def _unchanged(model: ModelProto, source: Source | None, points: Sequence[_Point
             given = point.result.outputs.get(name)
             distance = np.inf if given is None else _distance(given, value)
             if isinstance(value, np.ndarray) and value.dtype.itemsize == 2:
-                limit = 10 * _epsilon(value)
+                limit = 10 * epsilon(value)
             if not distance <= worst:
                 worst, where = distance, name
     status: Status = "ok" if worst <= limit else "OFF"
@@ -609,9 +610,7 @@ def _unchanged(model: ModelProto, source: Source | None, points: Sequence[_Point
     return [*checks, Check(names[1], status, detail, worst, None, limit)]
 
 
-def _misplaced(
-    wanted: Iterable[onnx.ValueInfoProto], given: Sequence[onnx.ValueInfoProto]
-) -> str:
+def _misplaced(wanted: Iterable[onnx.ValueInfoProto], given: Sequence[onnx.ValueInfoProto]) -> str:
     for i, info in enumerate(wanted):
         if i >= len(given) or given[i].name != info.name:
             return f"'{info.name}' is not in its place"
@@ -621,7 +620,7 @@ def _misplaced(
 
 
 def _distance(a: Any, b: Any) -> float:
-    """The largest difference, relative to the largest entry; the same NaN and infinities are none."""
+    """The largest difference, relative to the largest entry; NaN equals NaN."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         return float("inf")
@@ -645,25 +644,11 @@ def _finite(points: Sequence[_Point]) -> Check:
         if not np.isfinite(a.astype(np.float64)).all()
     ]
     name = "finite"
-    return Check(name, "OFF", f"not finite: {'; '.join(bad[:3])}") if bad else Check(
-        name, "ok", "all attributions"
+    return (
+        Check(name, "OFF", f"not finite: {'; '.join(bad[:3])}")
+        if bad
+        else Check(name, "ok", "all attributions")
     )
-
-
-# -- numbers ---------------------------------------------------------------------------------------
-
-Score = Callable[[Mapping[str, Array]], float]
-Predict = Callable[[Array, float], tuple[float, float]]
-"""From the entries moved, and the derivative along them: what was given, and what was found."""
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A ``residual`` beside the ``size`` of what it is a residual of, both absolute."""
-
-    residual: float
-    size: float
-    uncertainty: float
 
 
 class _Numpy:
@@ -674,76 +659,6 @@ class _Numpy:
 
 
 _NUMPY = _Numpy()
-
-
-def _central(
-    score: Score, name: str, x: Array, direction: Array, predict: Predict, noise: float
-) -> list[_Measured]:
-    """The derivative along a direction, at ever smaller steps."""
-    wide, found, before = x.astype(np.float64), [], np.inf
-    for h in _STEPS:
-        ends = [(wide + side * h * direction).astype(x.dtype) for side in (1, -1)]
-        # What rounding left of the step.
-        moved = (ends[0].astype(np.float64) - ends[1].astype(np.float64)) / (2 * h)
-        slope = (score({name: ends[0]}) - score({name: ends[1]})) / (2 * h)
-        given, derived = predict(moved, slope) if moved.any() else (0.0, 0.0)
-        found.append(_Measured(given - derived, derived, abs(given - derived - before) + noise / h))
-        before = given - derived
-    return found[1:]
-
-
-def _best(series: Sequence[Sequence[_Measured]]) -> Sequence[_Measured]:
-    """All directions at the step where they are known best together.
-
-    Chosen for each by itself, it would often be a step at which two errors happen to agree.
-    """
-    steps = list(zip(*series, strict=True))
-    return min(steps, key=lambda step: sum(m.uncertainty**2 for m in step), default=())
-
-
-def _norms(measured: Sequence[_Measured]) -> tuple[float, float]:
-    """Residual and uncertainty, relative to all differences together."""
-    parts = np.array([(m.residual, m.size, m.uncertainty) for m in measured]).reshape(-1, 3)
-    residual, size, uncertainty = (float(v) for v in np.sqrt((parts**2).sum(axis=0)))
-    if not size > 0:
-        return (0.0 if residual <= uncertainty else residual), 0.0
-    return residual / size, uncertainty / size
-
-
-def _weighted(weights: Array, y: Array) -> Array:
-    """weights · y, without what a weight of zero would make of an infinity."""
-    wide = y.astype(np.float64)
-    return np.where(weights == 0, 0.0, weights.astype(np.float64) * wide)
-
-
-def _epsilon(a: Array) -> float:
-    return 2.0**-7 if a.dtype.name == "bfloat16" else float(np.finfo(a.dtype).eps)
-
-
-def _rms(a: Array) -> float:
-    """The size of typical entries; one where all are zero."""
-    return float(np.sqrt(np.mean(a.astype(np.float64) ** 2))) or 1.0 if a.size else 1.0
-
-
-def _columns(target: Any, count: int) -> Array:
-    """Indices as [N or 1, count]."""
-    index = np.asarray(target, np.int64)
-    return index.reshape(-1, 1) if count == 1 else np.atleast_2d(index)
-
-
-def _one_hot(y: Array, index: Array) -> Array:
-    """One at each sample's index; a negative class is the predicted one at that position."""
-    weights = np.zeros(y.shape)
-    for n, (first, *rest) in enumerate(index):
-        place = tuple(int(i) for i in rest)
-        column = first if first >= 0 else int(np.argmax(y[(n, slice(None), *place)]))
-        weights[(n, int(column), *place)] = 1.0
-    return weights
-
-
-def _like(array: Array, rng: np.random.Generator) -> Array:
-    """Another batch with the entries of this one, in another order along each sample."""
-    return rng.permuted(array.reshape(len(array), -1), axis=1).reshape(array.shape)
 
 
 __all__ = ["Check", "Verification", "verify"]

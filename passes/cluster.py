@@ -98,7 +98,9 @@ def _link(stretch: Stretch) -> None:
             between = between[len(between) - factors :]
             start = next((t for n in between[:1] for t in n.inputs if t.name in varying), unit.root)
             earlier = Cluster(start, start, [])
-        if same_shape(stretch.graph, start, output) and (earlier.nodes or between):
+        # An operand that is broadcast on the way is not the nonlinearity's own argument.
+        alike = all(same_shape(stretch.graph, t, output) for t in (start, earlier.root))
+        if alike and (earlier.nodes or between):
             nodes = [*earlier.nodes, *between, *unit.nodes]
             unit = Cluster(earlier.root, output, nodes)
             stretch.found[output.name] = unit

@@ -52,6 +52,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["pyproject.toml", "README.md", "LICENSE"]
     for folder in ("onnx_attrib", "passes"):
         names += [str(path.relative_to(ROOT)) for path in ROOT.glob(f"{folder}/**/*.py")]
+    names += [str(path.relative_to(ROOT)) for path in ROOT.glob("onnx_attrib/data/*")]
     names.append("onnx_attrib/py.typed")
     for name in names:
         path = target / name
@@ -66,6 +67,7 @@ def test_wheel(source: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "onnx_attrib/passes/differentiate.py" in names
     assert "onnx_attrib/py.typed" in names
+    assert [name for name in names if name.startswith("onnx_attrib/data/kernels-")]
     assert not [name for name in names if name.startswith(("passes/", "tests/", "models/"))]
     pip("install", "--no-deps", "--target", tmp_path / "site", wheel)
     assert tmp_path in probe(tmp_path / "site", tmp_path)[1].parents

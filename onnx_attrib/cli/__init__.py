@@ -8,7 +8,9 @@ from onnx_attrib.cli.common import Commands, forgiving_streams
 from onnx_attrib.cli.compile import compile_command
 from onnx_attrib.cli.inspect import inspect_command
 from onnx_attrib.cli.methods import methods_command
+from onnx_attrib.cli.ops import ops_command
 from onnx_attrib.cli.run import run_command
+from onnx_attrib.cli.verify import verify_command
 from onnx_attrib.version import VERSION
 
 
@@ -29,7 +31,14 @@ def main() -> None:
     forgiving_streams()
 
 
-for command in (compile_command, run_command, inspect_command, methods_command):
+for command in (
+    compile_command,
+    run_command,
+    inspect_command,
+    verify_command,
+    methods_command,
+    ops_command,
+):
     main.add_command(command)
 
 __all__ = ["main"]
