@@ -160,7 +160,9 @@ class Graph:
         for tensor in self.gs.tensors().values():
             if isinstance(tensor.dtype, int):
                 # graphsurgeon leaves types that plain numpy lacks as enumeration values.
-                tensor_dtype = helper.tensor_dtype_to_np_dtype(tensor.dtype)
+                # (Undefined: a sequence or a map.)
+                code = tensor.dtype
+                tensor_dtype = helper.tensor_dtype_to_np_dtype(code) if code else None
                 if not isinstance(tensor, gs.Constant):
                     tensor.dtype = tensor_dtype
         self._tensors: dict[str, Tensor] = dict(self.gs.tensors())

@@ -475,7 +475,7 @@ class _Run:
 
     def _path(self, point: _Point) -> Check:
         """Σ attribution against the same quadrature of dS/dα along the line from x̄ to x."""
-        name = "sum along the path"
+        name = "path sum"
         if point.reference is None or self.method.path is None:
             return self._unknown(name)
         path, cut = self.method.path(self.explain.options), self.outermost

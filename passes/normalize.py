@@ -228,8 +228,9 @@ def _infer(model: ModelProto) -> ModelProto:
                 inferred.graph.value_info.append(v)
             elif _knows_more(v, known[name]):
                 known[name].CopyFrom(v)
+    symbols = {dim for info in model.graph.input for dim in _dims(info) or ()}
     for have, said in zip(inferred.graph.output, outputs, strict=True):
-        _fill_in(have, said)
+        _fill_in(have, said, symbols)
     return inferred
 
 
@@ -239,14 +240,16 @@ def _info(info: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
     return copy
 
 
-def _fill_in(inferred: onnx.ValueInfoProto, declared: onnx.ValueInfoProto) -> None:
-    """Take what is declared where inference does not know."""
+def _fill_in(
+    inferred: onnx.ValueInfoProto, declared: onnx.ValueInfoProto, symbols: set[int | str | None]
+) -> None:
+    """Take what is declared where inference does not know: numbers, and symbols of the inputs."""
     have, said = _dims(inferred), _dims(declared)
     if have is None or said is None or len(have) != len(said):
         inferred.CopyFrom(declared)
         return
-    for k, dim in enumerate(have):
-        if _vague(dim) and not _vague(said[k]):
+    for k, (known, dim) in enumerate(zip(have, said, strict=True)):
+        if known is None or (_vague(known) and (isinstance(dim, int) or dim in symbols)):
             inferred.type.tensor_type.shape.dim[k].CopyFrom(declared.type.tensor_type.shape.dim[k])
 
 

@@ -9,7 +9,7 @@ Raises OptionError for a baseline that does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -114,12 +114,43 @@ def keeps_batch_apart(
 
 
 def _keeps_samples_apart(graph: Graph, node: Node, batch: str) -> bool:
-    """Whether the batch is none of the axes that control flow or recurrence go along."""
+    """Whether the batch is none of the axes that a node goes along or mixes.
+
+    Operators whose outputs show it by their shape need not be here.
+    """
+    shape = graph.shape(node.inputs[0]) if node.inputs else None
     rule = rules.lookup(node.op, node.domain, ())
-    if not isinstance(rule, rules.Structured):
-        return True
-    shape, axis = graph.shape(node.inputs[0]), rule.batch_axis(graph, node)
-    return shape is not None and axis is not None and shape[axis] == batch
+    if isinstance(rule, rules.Structured):
+        axis = rule.batch_axis(graph, node)
+        return shape is not None and axis is not None and shape[axis] == batch
+    return shape is None or all(shape[k] != batch for k in _mixed_axes(graph, node, len(shape)))
+
+
+_ALONG_AXIS = frozenset(
+    "Softmax LogSoftmax Hardmax LpNormalization GatherElements ScatterElements".split()
+)
+
+
+def _mixed_axes(graph: Graph, node: Node, rank: int) -> Iterable[int]:
+    """Axes along which entries meet though the output keeps the input's shape."""
+    if node.domain:
+        return ()
+    if node.op in _ALONG_AXIS:
+        return (graph.attr(node, "axis"),)
+    if node.op in ("LayerNormalization", "RMSNormalization"):
+        return range(graph.attr(node, "axis") % rank, rank)
+    if node.op in ("InstanceNormalization", "GroupNormalization", "LRN"):
+        return range(1, rank)
+    if node.op == "MeanVarianceNormalization":
+        return [int(k) for k in graph.attr(node, "axes") if -rank <= k < rank]
+    if node.op == "ReverseSequence":
+        return (graph.attr(node, "time_axis"),)
+    if node.op == "Trilu":
+        return range(rank - 2, rank)
+    if node.op == "CumSum":
+        axis = graph.value(node.inputs[1])
+        return range(rank) if axis is None else (int(axis.reshape(())),)
+    return ()
 
 
 def _counted(graph: Graph, node: Node, counts: Mapping[str, Shape]) -> Shape:

@@ -58,8 +58,11 @@ def explained_output(graph: Graph, name: str | None) -> Tensor:
         for tensor in graph.outputs:
             if is_float(tensor.dtype):
                 return tensor
-        kinds = ", ".join(f"{t.name}: {t.dtype}" for t in graph.outputs)
-        raise CompileError(f"the model has no float output to explain ({kinds})")
+        kinds = ", ".join(f"{t.name}: {t.dtype or 'not a tensor'}" for t in graph.outputs)
+        before = [t.name for o in graph.outputs for n in o.inputs for t in n.inputs]
+        floats = [f"'{name}'" for name in before if is_float(graph.tensors()[name].dtype)]
+        advice = f"; name an inner tensor: {', '.join(floats[:3])}" if floats else ""
+        raise CompileError(f"the model has no float output to explain ({kinds}){advice}")
     return _float_tensor(graph, name, "output")
 
 

@@ -276,6 +276,24 @@ class LpNormalization(OpRun):  # type: ignore[misc]
         return (np.where(norm == 0, 0, x / norm),)
 
 
+class Softsign(OpRun):  # type: ignore[misc]
+    """The reference evaluator's own fails for scalars."""
+
+    op_domain = ""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return (np.asarray(x / (1 + np.abs(x)), x.dtype),)
+
+
+class GlobalMaxPool(OpRun):  # type: ignore[misc]
+    """The reference evaluator's own reduces one axis at a time and loses count."""
+
+    op_domain = ""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return (x.max(axis=tuple(range(2, x.ndim)), keepdims=True),)
+
+
 class _Evaluator(ReferenceEvaluator):  # type: ignore[misc]
     """The reference evaluator with the operators above, in function bodies too."""
 
@@ -382,15 +400,15 @@ class Difference:
 
 def difference(oracle: Oracle, feeds: Feeds, steps: Feeds, seed: Array) -> Difference:
     """d/dh S(x + h · steps) at h = 0; extrapolated from two step sizes."""
-    result = _difference(oracle, feeds, steps, seed, oracle.step)
+    result = difference_at(oracle, feeds, steps, seed, oracle.step)
     if not result.smooth and not oracle.why:
         # A kink near by, not at the point: closer steps do not see it.
-        closer = _difference(oracle, feeds, steps, seed, oracle.step / 100)
+        closer = difference_at(oracle, feeds, steps, seed, oracle.step / 100)
         return closer if closer.smooth else result
     return result
 
 
-def _difference(oracle: Oracle, feeds: Feeds, steps: Feeds, seed: Array, h: float) -> Difference:
+def difference_at(oracle: Oracle, feeds: Feeds, steps: Feeds, seed: Array, h: float) -> Difference:
     def at(t: float) -> float:
         moved = {
             name: np.asarray(feeds[name].astype(np.float64) + t * step).astype(
@@ -430,7 +448,7 @@ def directional_difference(
     """⟨∂S/∂wrt, direction⟩ of the source model by central differences; see :class:`Oracle`."""
     oracle = Oracle(model, output or joined(model)[1], feeds)
     step = oracle.step if h is None else h
-    return _difference(oracle, feeds, {wrt: direction}, seed, step)
+    return difference_at(oracle, feeds, {wrt: direction}, seed, step)
 
 
 # -- the checks ------------------------------------------------------------------------------------
@@ -499,7 +517,7 @@ def check_gradient(
             # The size that a sum of terms of random sign has: it does not hide a wrong entry.
             scale = max(abs(exact.value), float(np.sqrt(np.sum(np.square(terms)))))
             relative = 2e-2 if narrow else 2e-2 if oracle.why else 2e-4
-            floor = (1e-3 if narrow else 1e-5) * float(np.sqrt(np.mean(np.square(step)) or 1))
+            floor = (1e-3 if narrow else 2e-5) * float(np.sqrt(np.mean(np.square(step)) or 1))
             residuals.append(
                 Residual(
                     f"gradient of {name}: {np.sum(terms):.6g}, by differences {exact.value:.6g}",
@@ -525,7 +543,7 @@ def check_conservation(
 
     ``pairs``: a point and the baselines of its attributed inputs. The seed has the sign of each
     output's change, so that S(x) − S(x̄) is a sum without cancellation and ``relative`` means what
-    it says. Two more terms allow for rounding in float32: 10⁻⁶ of Σ|attribution| and of the
+    it says. Two more terms allow for rounding in float32: 5·10⁻⁶ of Σ|attribution| and of the
     outputs themselves; both vanish against a change of ordinary size.
     """
     rng = np.random.default_rng(seed)
@@ -542,7 +560,7 @@ def check_conservation(
     check_graph(compiled, model)
     held, source = session(compiled), session(model)
     narrow, residuals = is_narrow(model), list[Residual]()
-    rounding = 2e-3 if narrow else 1e-6
+    rounding = 2e-3 if narrow else 5e-6
     values = [
         (run(source, point), run(source, {**point, **baselines})) for point, baselines in pairs
     ]

@@ -33,6 +33,10 @@ LARGEST = 200
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16}
 
 
+NO_DOUBLE = frozenset("LeakyRelu PRelu HardSigmoid HardSwish Celu Mish Shrink ThresholdedRelu Softsign".split())
+"""Operators that onnxruntime runs in float64 only in the opsets in which it takes them apart."""
+
+
 class Refused(Exception):
     """A node that does not fit here; the builder goes on with another."""
 
@@ -81,6 +85,11 @@ class Builder:
     @property
     def operators(self) -> int:
         return sum(node.op_type != "Constant" for node in self.nodes)
+
+    @property
+    def leads(self) -> bool:
+        """Whether an input has a leading symbol: constants with an entry a sample would pin it."""
+        return any(isinstance(dim, str) for dims in self.inputs.values() for dim in dims[:1])
 
     # -- choices ---------------------------------------------------------------------------------
 
@@ -171,7 +180,9 @@ class Builder:
 
     def emit(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Add a node and run it; Refused if onnxruntime does not, or the result is unusable."""
-        held = [name for name in inputs]
+        if self.dtype == "float64" and op in NO_DOUBLE:
+            raise Refused
+        held = list(inputs)
         while held and not held[-1]:
             held.pop()
         names = [f"t{len(self.nodes)}{'abcdefgh'[k] if outputs > 1 else ''}" for k in range(outputs)]
@@ -392,12 +403,9 @@ def gelu(b: Builder) -> str:
 def prelu(b: Builder) -> str:
     x = b.tensor()
     slopes = [n for n in b.pool if b.shape(n) == b.shape(x)]
-    if slopes and b.dtype != "float64" and b.chance(30):
+    if slopes and b.chance(30):
         return str(b.emit("PRelu", x, b.pick(slopes)))
     dims = [d if b.chance(50) else 1 for d in b.shape(x)[int(b.batch) :]]
-    if b.dtype == "float64":
-        # onnxruntime has no kernel, and takes the operator apart only in some opsets.
-        raise Refused
     return str(b.emit("PRelu", x, b.constant(np.abs(b.array(*dims)))))
 
 
@@ -639,6 +647,8 @@ def pool(b: Builder) -> str:
     x = b.tensor(3, 4)
     kernel, attributes = windows(b, x)
     op = b.pick(["MaxPool", "AveragePool"])
+    if op == "AveragePool" and attributes.get("auto_pad", "").startswith("SAME"):
+        attributes.pop("strides", None)
     if b.opset >= 10 and attributes.get("auto_pad") is None and b.chance(30):
         attributes["ceil_mode"] = 1
     if op == "AveragePool" and b.chance(40):
@@ -992,7 +1002,7 @@ def pad(b: Builder) -> str:
     if mode in ("reflect", "wrap"):
         most = [min(m, size - 1) for m, size in zip(most, b.shape(x), strict=True)]
     pads = [b.choose(0, m) for m in most * 2]
-    if mode == "constant" and b.chance(25):
+    if mode == "constant" and b.chance(8):
         axis = b.axis(x, 3)
         pads[axis] = -1
     if b.opset < 11:
@@ -1044,7 +1054,7 @@ def gather_nd(b: Builder) -> str:
 
 @recipe(11)
 def scatter(b: Builder) -> str:
-    if b.batch:
+    if b.leads:
         raise Refused
     x = b.tensor(fits=lambda v: v.ndim > 0)
     if b.chance(50):
@@ -1101,7 +1111,7 @@ def triangle(b: Builder) -> str:
 
 @recipe(10)
 def reverse(b: Builder) -> str:
-    if b.batch:
+    if b.leads:
         raise Refused
     x = b.tensor(fits=lambda v: v.ndim >= 2)
     time, sample = b.pick([(0, 1), (1, 0)])

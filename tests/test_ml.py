@@ -214,3 +214,27 @@ def test_refusals(name: str, extra: dict[str, Any], message: str) -> None:
         node.attribute.append(helper.make_attribute(key, value))
     with pytest.raises(UnsupportedOpError, match=message):
         onnx_attrib.compile(found, method="gradient")
+
+
+def mapped() -> ModelProto:
+    """A classifier whose probabilities leave as a map for each sample."""
+    found = model("classifier softmax")
+    graph = found.graph
+    graph.node[1].CopyFrom(
+        helper.make_node("ZipMap", ["z"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[5, 7, 9])
+    )
+    floats = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    kind = helper.make_map_type_proto(TensorProto.INT64, floats)
+    info = helper.make_value_info("y", helper.make_sequence_type_proto(kind))
+    graph.output[0].CopyFrom(info)
+    return found
+
+
+def test_a_map_is_not_explained_but_kept() -> None:
+    with pytest.raises(onnx_attrib.CompileError, match="name an inner tensor: 'z'"):
+        onnx_attrib.compile(mapped(), method="gradient")
+    compiled = onnx_attrib.compile(mapped(), method="gradient", output="z", target=0)
+    x = feeds(compiled, 1)
+    results, expected = run(compiled, x), run(mapped(), x)
+    assert results["y"] == expected["y"]
+    assert results["x_attribution"].any()

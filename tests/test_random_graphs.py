@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ Tally = Counter[str]
 REFUSALS = {
     "rank known at run time": "the rank of '.*' is unknown",
     "TopK of a size known at run time": "how many of how many entries are picked",
+    "auto_pad where runtimes disagree": "auto_pad SAME with strides beyond the kernel",
     "ReduceProd of a size known at run time": "a product over axes of unknown size",
 }
 """Refusals that are documented, by what their message says."""
@@ -75,7 +77,7 @@ def points(example: Example, rng: np.random.Generator) -> list[numeric.Feeds]:
 
 def tolerance(example: Example) -> tuple[float, float]:
     """Relative to the sum, and for rounding, relative to the terms."""
-    return {"float16": (3e-2, 1e-2), "float32": (1e-3, 2e-5), "float64": (1e-6, 1e-10)}[
+    return {"float16": (3e-2, 1e-2), "float32": (1e-3, 2e-5), "float64": (1e-5, 1e-7)}[
         example.dtype
     ]
 
@@ -98,7 +100,8 @@ def compiled(tally: Tally, model: ModelProto, **request: Any) -> ModelProto | No
 
 
 def same_outputs(example: Example, expected: numeric.Feeds, found: numeric.Feeds) -> None:
-    loose = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-9}[example.dtype]
+    # onnxruntime rounds a scale that it fuses into a product to float32, whatever the product's type.
+    loose = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-6}[example.dtype]
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         wide, source = found[name].astype(np.float64), value.astype(np.float64)
@@ -130,18 +133,16 @@ def oracle_of(model: ModelProto, output: str, point: numeric.Feeds) -> numeric.O
     The reference evaluator gives some old operators their newer meaning. ONNX's converter spells
     them out; what comes of it counts if onnxruntime computes the same from the model as it is.
     """
-    oracle = numeric.Oracle(model, output, point)
-    if not oracle.why or model.opset_import[0].version >= 13:
-        return oracle
-    try:
-        newer = onnx.version_converter.convert_version(model, 21)
-        second = numeric.Oracle(newer, output, point)
-        expected = numeric.run(model, point)[output]
-        if not second.why and np.allclose(second.value(point), expected, 1e-4, 1e-4):
-            return second
-    except Exception:  # the converter raises bare RuntimeErrors
-        return oracle
-    return oracle
+    if model.opset_import[0].version < 14:
+        try:
+            newer = onnx.version_converter.convert_version(model, 21)
+            oracle = numeric.Oracle(newer, output, point)
+            expected, found = (numeric.run(m, point)[output] for m in (model, newer))
+            if not oracle.why and np.allclose(found, expected, 1e-3, 1e-3):
+                return oracle
+        except Exception:  # the converter raises bare RuntimeErrors
+            return numeric.Oracle(model, output, point)
+    return numeric.Oracle(model, output, point)
 
 
 def hold_slope(
@@ -172,6 +173,10 @@ def hold_slope(
     relative = {"float16": 4e-2, "float32": 5e-4, "float64": 1e-5}[example.dtype]
     relative = max(relative, 2e-2 if oracle.why else 0.0)
     error = abs(float(np.sum(terms)) - exact.value)
+    if oracle.why:
+        # In float32 the steps are so large that they cross kinks; smaller ones have fewer digits.
+        closer = numeric.difference_at(oracle, point, {name: step}, cotangent, oracle.step / 10)
+        error = min(error, abs(float(np.sum(terms)) - closer.value))
     floor = (1e-3 if example.dtype == "float16" else 1e-6) * (1 + float(np.abs(cotangent).sum()))
     assert error <= relative * scale + floor + 5 * exact.error, (
         f"gradient of {name}: {np.sum(terms):.6g}, by differences {exact.value:.6g} "
@@ -361,9 +366,33 @@ def check(example: Example, tally: Tally) -> None:
     """Gradient and conservation always, the others in turn."""
     tally["examples"] += 1
     tally["operators"] += sum(n.op_type != "Constant" for n in example.model.graph.node)
-    check_gradient(example, tally)
-    check_conservation(example, tally)
-    CHECKS[2 + example.seed % 3](example, tally)
+    for one in (*CHECKS[:2], CHECKS[2 + example.seed % 3]):
+        hold(one, example, tally)
+
+
+def hold(one: Callable[[Example, Tally], None], example: Example, tally: Tally) -> None:
+    """A check; where it fails in few digits, it must hold for the same model in float64."""
+    try:
+        one(example, tally)
+    except AssertionError:
+        wide = widened(example)
+        if wide is None:
+            raise
+        one(wide, Tally())
+        tally[f"held in float64 only: {one.__name__}"] += 1
+
+
+def widened(example: Example) -> Example | None:
+    """The example in float64, if onnxruntime has the kernels."""
+    if example.dtype == "float64":
+        return None
+    model = numeric.widened(example.model)
+    feeds = {name: value.astype(np.float64) for name, value in example.feeds.items()}
+    try:
+        numeric.run(model, feeds)
+    except Exception:  # no kernel
+        return None
+    return replace(example, model=model, feeds=feeds, dtype="float64")
 
 
 # -- the source model ------------------------------------------------------------------------------
@@ -456,6 +485,8 @@ def summarize(tally: Tally) -> None:
     refused = sum(count for key, count in tally.items() if key.startswith("refused"))
     assert refused <= 0.05 * 3 * tally["examples"] + 2
     assert tally["differences left out"] <= 0.02 * tally["examples"]
+    rounded = sum(count for key, count in tally.items() if key.startswith("held in float64"))
+    assert rounded <= 0.02 * tally["examples"] + 2
 
 
 def test_fixed_examples() -> None:

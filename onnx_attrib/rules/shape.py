@@ -35,8 +35,17 @@ def inference_dropout(s: Site, i: int) -> Tensor:
 
 
 def cast_back(s: Site, i: int) -> Tensor:
-    """Forward form: the same numbers in another float type. Backward returns M in X's type."""
-    return s.op.Cast(s.m, to=s.graph.dtype(s.x()))
+    """Forward form: the same numbers in another float type. Backward returns M in X's type.
+
+    A cotangent that was widened from that type is given back as it was: ONNX Runtime 1.31 drops
+    such pairs of Casts, even where a Loop reads what it dropped.
+    """
+    dtype, source = s.graph.dtype(s.x()), s.m.inputs[0] if s.m.inputs else None
+    if source is not None and source.op == "Cast":
+        before = source.inputs[0]
+        if s.graph.dtype(before) == dtype and dtype.itemsize <= s.graph.dtype(s.m).itemsize:
+            return before
+    return s.op.Cast(s.m, to=dtype)
 
 
 for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
