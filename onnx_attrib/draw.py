@@ -49,6 +49,15 @@ class Drawer:
     def _floats(self, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
         return np.asarray(rng.uniform(0.1, 0.9, shape) if self.positive else rng.normal(size=shape))
 
+    @staticmethod
+    def _indices(rows: int, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+        """Each row once in a sample, if there are enough: the same twice makes ties of maxima."""
+        length = int(np.prod(shape[1:]))
+        if length > rows or not shape:
+            return np.asarray(rng.integers(0, rows, shape))
+        drawn = [rng.choice(rows, length, replace=False) for _ in range(shape[0])]
+        return np.array(drawn).reshape(shape)
+
     def _array(self, port: Port, rng: np.random.Generator) -> Array:
         shape = self._shape(port)
         kind = "O" if port.dtype is None else port.dtype.kind
@@ -57,7 +66,7 @@ class Drawer:
         if kind == "b" or (kind in "iu" and "mask" in port.name.lower()):
             return np.ones(shape, port.dtype)
         if kind in "iu":
-            return rng.integers(0, self.tables.get(port.name, 2), shape).astype(port.dtype)
+            return self._indices(self.tables.get(port.name, 2), shape, rng).astype(port.dtype)
         raise OptionError(f"input '{port.name}' is not of numbers: give it with --input")
 
     def _shape(self, port: Port) -> tuple[int, ...]:

@@ -31,13 +31,16 @@ class Forward:
         self.reads = {info.name for info in part.graph.input}
         self._outputs = list(outputs)
         providers = ["CPUExecutionProvider"]
+        self._quiet = ort.RunOptions()
+        # A failure is raised; it need not be printed too.
+        self._quiet.log_severity_level = 4
         self._session = open_session(ort, part, providers, "the forward part", optimized=optimized)
 
     def __call__(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs; feeds that nothing here reads are left out."""
         read = {name: value for name, value in feeds.items() if name in self.reads}
         try:
-            return [np.asarray(y) for y in self._session.run(self._outputs, read)]
+            return [np.asarray(y) for y in self._session.run(self._outputs, read, self._quiet)]
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise CompileError(f"ONNX Runtime failed to run the model: {line(error)}") from None
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from onnx_attrib.feeds import Array
 
-STEPS = tuple(0.1 / 4**k for k in range(8))
+RATIO = 4
+STEPS = tuple(0.1 / RATIO**k for k in range(8))
 """Of central differences, relative to the direction."""
 Score = Callable[[Mapping[str, Array]], float]
 Predict = Callable[[Array, float], tuple[float, float]]
@@ -29,16 +30,25 @@ class Measured:
 def central(
     score: Score, name: str, x: Array, direction: Array, predict: Predict, noise: float
 ) -> list[Measured]:
-    """The derivative along a direction, at ever smaller steps."""
-    wide, found, before = x.astype(np.float64), [], np.inf
+    """The derivative along a direction, at ever smaller steps.
+
+    What a step changes against the last, larger one tells how far the truth may be; so does a kink
+    at x itself (a tie of maxima), where differences to either side do not approach each other.
+    """
+    wide, found, middle = x.astype(np.float64), [], score({name: x})
+    before, gap_before = np.inf, np.inf
     for h in STEPS:
         ends = [(wide + side * h * direction).astype(x.dtype) for side in (1, -1)]
         # What rounding left of the step.
         moved = (ends[0].astype(np.float64) - ends[1].astype(np.float64)) / (2 * h)
-        slope = (score({name: ends[0]}) - score({name: ends[1]})) / (2 * h)
-        given, derived = predict(moved, slope) if moved.any() else (0.0, 0.0)
-        found.append(Measured(given - derived, derived, abs(given - derived - before) + noise / h))
-        before = given - derived
+        up, down = (score({name: end}) for end in ends)
+        given, derived = predict(moved, (up - down) / (2 * h)) if moved.any() else (0.0, 0.0)
+        error, gap = given - derived, (up - 2 * middle + down) / h
+        # Of a smooth function the gap shrinks with the step.
+        kink = abs(gap + (gap - gap_before) / (RATIO - 1)) / 2
+        uncertainty = max(abs(error - before), kink) + noise / h
+        found.append(Measured(error, derived, uncertainty))
+        before, gap_before = error, gap
     return found[1:]
 
 

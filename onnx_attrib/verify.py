@@ -56,7 +56,7 @@ TOLERANCE = 5e-3
 """Of differences and sums, relative; ten times that where the model computes in 16 bits."""
 _SAME = 1e-4
 """Of outputs, relative to their largest entry: the same sums, in another order."""
-_VAGUE = 0.2
+_VAGUE = 0.1
 """A relative uncertainty beyond which a check says nothing."""
 _DIRECTIONS = 3
 _STANDARD = frozenset(("", "ai.onnx", "ai.onnx.ml"))
@@ -231,6 +231,7 @@ class _Run:
         self.names = list(self.explain.attributed)
         inner = computed_from(model, self.names)
         self.outermost = [name for name in self.names if name not in inner]
+        self._apart = self._samples_apart()
         self._forwards: dict[tuple[tuple[str, ...], bool], Forward] = {}
         self._values = Forward(self.ort, model, [*self.names, self.explain.output])
         kinds = [p.dtype for p in self.explain.inputs if p.dtype is not None]
@@ -245,6 +246,14 @@ class _Run:
             output = [self.explain.output]
             self._forwards[key] = Forward(self.ort, self.model, output, cut, optimized=optimized)
         return self._forwards[key]
+
+    def _samples_apart(self) -> bool:
+        """Whether the first axis of the attributed tensors is the batch, as the output's is."""
+        declared = {info.name: info.type.tensor_type.shape.dim for info in self.model.graph.output}
+        batch = (self.explain.recipe.output_shape or (None,))[0]
+        leading = [declared[f"{name}_attribution"][:1] for name in self.outermost]
+        symbols = {dims[0].dim_param if dims else "" for dims in leading}
+        return bool(batch) and symbols == {batch}
 
     # -- drawing -----------------------------------------------------------------------------
 
@@ -527,9 +536,7 @@ class _Run:
         cut = self.outermost if self.explain.baseline != "input" else []
         (base,) = self.forward(cut)(point.there)
         attributions = [point.result.attributions[n] for n in self.outermost]
-        rows = len(point.output) if point.output.ndim else 1
-        if any(not a.ndim or len(a) != rows for a in attributions):
-            rows = 1
+        rows = len(point.output) if self._apart else 1
         sides = [weighted(point.weights, y).reshape(rows, -1) for y in (point.output, base)]
         change = (sides[0] - sides[1]).sum(axis=1)
         given = np.zeros(rows)

@@ -1,7 +1,9 @@
 """Say where a method that compares two inputs cannot conserve exactly on this model.
 
 Operators that are led by a condition or by indices conserve differences where these are the same at
-x and x̄ (``Rule.caveat``). Precondition: scope and clusters; a cluster conserves as a whole,
+x and x̄ (``Rule.caveat``). And a number that depends on what is attributed only by steps (a vote
+counted by comparisons, a rounded value) takes part in the output, but in no attribution.
+Precondition: scope and clusters; a cluster conserves as a whole,
 whatever it is made of. Postcondition: ``job.notes`` names the nodes, those in subgraphs too, of
 which the condition or the indices depend on what is attributed. If and Loop say it themselves, when
 the sweep comes to them.
@@ -16,7 +18,7 @@ from onnx import GraphProto, NodeProto
 from onnx_attrib import rules
 from onnx_attrib.ir import Node, bodies, captured_names, operands, subgraphs
 from onnx_attrib.job import Job
-from onnx_attrib.passes.differentiate import active_inputs
+from onnx_attrib.passes.differentiate import active_inputs, flow
 from onnx_attrib.rules import Rule, Structured
 
 _SHOWN = 5
@@ -33,18 +35,33 @@ def report(job: Job) -> None:
         return
     inside = {id(node) for cluster in job.clusters.values() for node in cluster.nodes}
     changing = _changing(job)
+    carried = flow(job.scope.dependent, set(job.scope.names))
     found: Found = {}
+    steps: list[str] = []
     for node in job.scope.nodes:
         if id(node) in inside:
             continue
         read = [tensor.name for tensor in operands(node)]
         rule = rules.lookup(node.op, node.domain, active_inputs(node, job.scope.active))
+        name = node.name or node.outputs[0].name
         if rule is not None and _applies(rule, read, changing):
-            _enter(found, rule, node.name or node.outputs[0].name)
+            _enter(found, rule, name)
+        held = rules.blocked(node.op, node.domain)
+        steps += [
+            f"'{tensor.name}' into {node.op} '{name}'"
+            for i, tensor in enumerate(node.inputs)
+            if i not in held and tensor.name in changing and tensor.name not in carried
+        ]
         for body in bodies(node):
             formals = _formals(node.op, body, read, changing, _scanned(node))
             _inside(body, changing | formals, found)
     job.notes += [_text(op, caveat, names) for (op, caveat), names in found.items()]
+    if steps:
+        job.notes.append(
+            f"{_some(steps)}: depends on what is attributed by steps only, which have no "
+            "derivative; where it differs between x and x̄, attributions need not sum to the "
+            "difference of the output"
+        )
 
 
 def _changing(job: Job) -> set[str]:
@@ -70,12 +87,16 @@ def _enter(found: Found, rule: Rule, name: str) -> None:
 
 
 def _text(op: str, caveat: str, names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    quoted = [f"'{name}'" for name in names]
     return (
-        f"{op} {shown}{more}: {caveat}, which depends on what is attributed; elsewhere "
+        f"{op} {_some(quoted)}: {caveat}, which depends on what is attributed; elsewhere "
         "attributions need not sum to the difference of the output"
     )
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more
 
 
 # -- subgraphs -------------------------------------------------------------------------------------

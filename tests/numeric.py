@@ -298,7 +298,13 @@ class _Evaluator(ReferenceEvaluator):  # type: ignore[misc]
     """The reference evaluator with the operators above, in function bodies too."""
 
     def __init__(self, proto: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs["new_ops"] = [Erf, LpNormalization, *recurrent_reference.OPERATORS]
+        kwargs["new_ops"] = [
+            Erf,
+            GlobalMaxPool,
+            LpNormalization,
+            Softsign,
+            *recurrent_reference.OPERATORS,
+        ]
         super().__init__(proto, *args, **kwargs)
 
 

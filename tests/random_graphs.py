@@ -538,7 +538,7 @@ def matmul_pair(b: Builder) -> str:
                 return str(b.emit("MatMul", x, turned))
             except Refused:
                 continue
-        if len(shape) == 1 or shape[-2] == width:
+        if (len(shape) == 1 or shape[-2] == width) and not b.leads:
             try:
                 return str(b.emit("MatMul", x, y))
             except Refused:
@@ -554,7 +554,7 @@ def gemm(b: Builder) -> str:
     out = b.choose(1, 5)
     flip = b.chance(40)
     others = [n for n in b.pool if b.rank(n) == 2 and b.shape(n)[int(flip)] == width]
-    if others and not b.batch and b.chance(40):
+    if others and not b.leads and b.chance(40):
         weight = b.pick(others)
         out = b.shape(weight)[int(not flip)]
     else:
@@ -1274,7 +1274,9 @@ def _model(b: Builder, outputs: Sequence[str]) -> ModelProto:
             for _ in range(b.rank(declared.name)):
                 shape.dim.add()
         for axis, dim in enumerate(shape.dim):
-            if dim.dim_param.startswith("unk__"):
+            # ONNX's inference of old operators keeps the symbol of an axis that was cut.
+            wrong = b.opset < 13 and dim.dim_param and not (b.batch and axis == 0)
+            if dim.dim_param.startswith("unk__") or wrong:
                 dim.dim_param = f"{declared.name}_{axis}"
     onnx.checker.check_model(model, full_check=True)
     return model

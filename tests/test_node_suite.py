@@ -20,7 +20,8 @@ import pickle
 import re
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 pytest.importorskip("onnxruntime")
 
-from onnx_attrib import newer, rules
+from onnx_attrib import UnsupportedOpError, newer, rules
 from onnx_attrib.passes.lower import has_body
 from onnx_attrib.rules import base as rules_base
 
@@ -150,6 +151,32 @@ NOT_CONSERVED = {
     "test_prelu_broadcast_expanded": BRANCH,
 }
 """Cases that cannot conserve once all of their inputs are attributed."""
+
+REFUSED = [
+    (
+        "gradient conservation",
+        r"convtranspose_(output|kernel)_shape-symbolic",
+        "output_shape",
+    ),
+    (
+        "gradient conservation",
+        r"(averagepool_2d_ceil_last_window_starts_on_pad|maxpool_2d_ceil_output_size_reduce_by_one)",
+        "ceil_mode",
+    ),
+    (
+        "conservation",
+        r"scatter(_elements|nd)_.*(mul|multiply|max|min)",
+        "no conserving rule for the reduction",
+    ),
+    ("conservation", r"reduce_prod_", "size|axes"),
+    ("conservation", r"top_k", "only known at run time|known k|run time"),
+]
+"""What is refused, not done wrong: the check, the test's name, and what the refusal says.
+
+A transposed convolution's ``output_shape`` needs sizes; ONNX's shape inference contradicts the
+runtimes on a last window that starts in the padding; the other three are rules for differences
+that are not there yet (reductions of a scatter) or need sizes known at compile time.
+"""
 
 UNBOUND = frozenset(
     value
@@ -427,6 +454,23 @@ def moved(rng: np.random.Generator, case: Case, inputs: list[str]) -> dict[str, 
     return {**case.values, **{name: numeric.near(rng, case.values[name]) for name in inputs}}
 
 
+@contextmanager
+def perhaps_refused(check: str, case: Case, form: str) -> Iterator[None]:
+    """Accept a refusal where one is listed, with the reason listed."""
+    name = f"{case.name.removeprefix('test_')}-{form}"
+    listed = [
+        message
+        for checks, pattern, message in REFUSED
+        if check in checks.split() and re.match(pattern, name)
+    ]
+    try:
+        yield
+    except UnsupportedOpError as error:
+        if any(re.search(message, str(error)) for message in listed):
+            pytest.xfail(f"refused: {error}")
+        raise
+
+
 # -- tests -----------------------------------------------------------------------------------------
 
 
@@ -435,11 +479,12 @@ def test_gradient(case: Case, form: str, record_property: Callable[[str, object]
     model, inputs, output = formed(case, form)
     rng = np.random.default_rng(seed_of(case, form))
     points = [own(rng, case, inputs), moved(rng, case, inputs), moved(rng, case, inputs)]
-    residuals = numeric.check_gradient(
-        model, *points, inputs=inputs, output=output, seed=seed_of(case, form)
-    )
-    reached = {r.subject.split(":")[0] for r in residuals if r.applies}
-    assert len(reached) == len(inputs), f"no differentiable point found: {residuals}"
+    with perhaps_refused("gradient", case, form):
+        residuals = numeric.check_gradient(
+            model, *points, inputs=inputs, output=output, seed=seed_of(case, form)
+        )
+        reached = {r.subject.split(":")[0] for r in residuals if r.applies}
+        assert len(reached) == len(inputs), f"no differentiable point found: {residuals}"
 
 
 def test_conservation(
@@ -452,10 +497,11 @@ def test_conservation(
     for point in (own(rng, case, inputs), moved(rng, case, inputs)):
         baseline = moved(rng, case, inputs)
         pairs.append((point, {name: baseline[name] for name in inputs}))
-    residuals = numeric.check_conservation(
-        model, *pairs, inputs=inputs, output=output, seed=seed_of(case, form)
-    )
-    assert any(r.applies for r in residuals), "the output is finite at no pair of points"
+    with perhaps_refused("conservation", case, form):
+        residuals = numeric.check_conservation(
+            model, *pairs, inputs=inputs, output=output, seed=seed_of(case, form)
+        )
+        assert any(r.applies for r in residuals), "the output is finite at no pair of points"
 
 
 @pytest.mark.parametrize("error", [2e-3, 1.0])

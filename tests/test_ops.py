@@ -231,6 +231,20 @@ def test_clusters_and_fixed_indices_are_not() -> None:
     )
 
 
+def test_steps_beside_the_way_are_named() -> None:
+    (note,) = notes("""
+    votes (float[N, 4] x) => (float[N, 1] y) <float zero = {0}, int64[1] last = {-1}>
+    {
+      c = Greater (x, zero)
+      vote = Cast <to = 1> (c)
+      count = ReduceSum (vote, last)
+      total = ReduceSum (x, last)
+      y = Add (count, total)
+    }
+    """)
+    assert note.startswith("'count' into Add 'y': depends on what is attributed by steps only")
+
+
 STEPPED = """
 stepped (float[N, 4] x) => (float[N, 4] y) <int64 count = {{3}}, bool go = {{1}}>
 {{

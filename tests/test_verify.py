@@ -167,6 +167,27 @@ def test_half_precision(method: str) -> None:
     assert found.checks[-1].tolerance == pytest.approx(0.05)
 
 
+def test_samples_along_another_axis() -> None:
+    model = onnx.parser.parse_model("""
+    <ir_version: 8, opset_import: ["" : 17]>
+    states (float[2, N, 4] x) => (float[N, 4] y) <int64[1] first = {0}>
+    { s = Sigmoid (x)  y = ReduceSum <keepdims = 0> (s, first) }
+    """)
+    found = verify(model, "deeplift")
+    assert found.ok
+    assert found.checks[-1].detail == "3 samples"
+
+
+def test_a_tie_is_no_gradient_to_check() -> None:
+    model = onnx.parser.parse_model("""
+    <ir_version: 8, opset_import: ["" : 17]>
+    tied (float[N, 4] x) => (float[N, 1] y) { y = ReduceMax <axes = [1]> (x) }
+    """)
+    found = verify(model, "gradient", inputs={"x": np.ones((1, 4), np.float32)})
+    assert statuses(found)["differences"] == "unclear"
+    assert verify(model, "gradient").checks[-1].status == "ok"
+
+
 def test_domains_of_logarithms() -> None:
     model = onnx.parser.parse_model("""
     <ir_version: 8, opset_import: ["" : 17]>

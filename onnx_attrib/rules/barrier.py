@@ -11,7 +11,7 @@ NAMES = """
 And ArgMax ArgMin Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow
 Ceil ConstantOfShape ConvInteger Equal EyeLike Floor Greater GreaterOrEqual HammingWindow
 HannWindow Hardmax ImageDecoder IsInf IsNaN Less LessOrEqual MatMulInteger MelWeightMatrix
-Multinomial NonMaxSuppression NonZero Not OneHot OptionalHasElement Or QLinearConv QLinearMatMul
+Multinomial NonMaxSuppression NonZero Not OptionalHasElement Or QLinearConv QLinearMatMul
 QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range RegexFullMatch
 Round SequenceEmpty SequenceLength Shape Sign Size StringConcat StringNormalizer StringSplit
 TfIdfVectorizer Xor

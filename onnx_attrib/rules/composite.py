@@ -199,9 +199,7 @@ def norm_difference(s: Site, i: int) -> Tensor:
     op, x, base = s.op, s.x(), ref(s).x()
     (norm, r), (norm_base, r_base) = inverse_norm(s), inverse_norm(ref(s))
     step, both = op.Sub(norm, norm_base), op.Add(x, base)
-    rise = op.Where(
-        op.Equal(step, 0.0), op.Neg(op.Mul(r, r_base)), op.Div(op.Sub(r, r_base), step)
-    )
+    rise = op.Where(op.Equal(step, 0.0), op.Neg(op.Mul(r, r_base)), op.Div(op.Sub(r, r_base), step))
     size = op.Add(op.Abs(x), op.Abs(base)) if s.attr("p") == 1 else op.Add(norm, norm_base)
     growth = op.Div(both, op.Where(op.Equal(size, 0.0), 1.0, size))
     through = op.ReduceSum(op.Mul(s.m, op.Mul(both, 0.5)), [s.attr("axis")], keepdims=1)
@@ -210,9 +208,7 @@ def norm_difference(s: Site, i: int) -> Tensor:
     return result
 
 
-add(
-    Composite(op="LpNormalization", difference=norm_difference, decompose=norm_definition)
-)
+add(Composite(op="LpNormalization", difference=norm_difference, decompose=norm_definition))
 
 
 def batch_factor(s: Site) -> Tensor:

@@ -63,7 +63,7 @@ def if_pull(walker: Walker, site: Site) -> dict[int, Tensor]:
     Backward returns, from an If on the same condition, the cotangents of the captured tensors
     through the branch taken; zeros for those that it does not use.
     """
-    if site.reference is not None and site.reference.x(0).name != site.x(0).name:
+    if site.reference is not None and _differ(site.x(0), site.reference.x(0), by_value=True):
         walker.note(BRANCH_DIFFERS.format(label(site)))
     branches = {key: _branch(walker, site, key) for key in ("then_branch", "else_branch")}
     emitted = site.op.If(site.x(0), outputs=len(site.active), **branches)

@@ -139,6 +139,24 @@ def power_definition(s: Site) -> Sequence[Tensor]:
     return [op.Exp(op.Mul(op.Cast(s.x(1), to=s.graph.dtype(s.x(0))), op.Log(s.x(0))))]
 
 
+def power_difference(s: Site, i: int) -> Tensor:
+    """a^b with both varying: each moves alone, before and after the other; the mean of both.
+
+    Backward returns m · ½[(aᵇ − āᵇ) + (aᵇ̄ − āᵇ̄)] / Δa for the base, and alike for the exponent.
+    """
+    op, here, base = s.op, s, ref(s)
+    power = [op.Cast(t.x(1), to=s.graph.dtype(s.x(0))) for t in (here, base)]
+    first, second = op.Pow(base.x(0), power[0]), op.Pow(here.x(0), power[1])
+    if i == 1:
+        first, second = second, first
+    change = op.Add(op.Sub(here.y, first), op.Sub(second, base.y))
+    step = op.Sub(here.x(0), base.x(0)) if i == 0 else op.Sub(*power)
+    slope = power_slope if i == 0 else exponential_slope
+    quotient = op.Div(op.Mul(change, 0.5), step)
+    far = op.Greater(op.Abs(step), s.tolerance(step))
+    return op.Mul(s.m, op.Where(far, quotient, s.midpoint(slope(here), slope(base))))
+
+
 def power_pull(s: Site, i: int) -> Tensor:
     return s.op.Mul(s.m, power_slope(s) if i == 0 else exponential_slope(s))
 
@@ -154,9 +172,9 @@ add(
     Composite(
         op="Pow",
         pull=power_pull,
+        difference=power_difference,
         decompose=power_definition,
         broadcasts=True,
-        caveat="exact where a base that varies with its exponent is positive",
     )
 )
 

@@ -287,14 +287,55 @@ def scatter_pull(s: Site, i: int) -> Tensor:
     """
     reduction = s.attr("reduction")
     if reduction not in ("none", "add"):
-        raise Unsupported(f"reduction '{reduction}'")
-    elements = s.node.op == "ScatterElements"
-    where: dict[str, Any] = {"axis": s.attr("axis")} if elements else {}
+        if s.reference is not None:
+            raise Unsupported(f"no conserving rule for the reduction '{reduction}'")
+        return scatter_product_pull(s, i) if reduction == "mul" else scatter_extreme_pull(s, i)
     if i == 2:
-        return s.graph.emit("GatherElements" if elements else "GatherND", s.m, s.x(1), **where)
-    if reduction == "add":
-        return s.m
-    return s.graph.emit(s.node.op, s.m, s.x(1), s.zeros_like(s.x(2)), **where)
+        return read_at(s, s.m)
+    return s.m if reduction == "add" else write_at(s, s.m, s.zeros_like(s.x(2)), "none")
+
+
+def read_at(s: Site, values: Tensor) -> Tensor:
+    """``values``, shaped like the data of a scatter, at its indices."""
+    if s.node.op == "ScatterND":
+        return s.op.GatherND(values, s.x(1))
+    return s.op.GatherElements(values, s.x(1), axis=s.attr("axis"))
+
+
+def write_at(s: Site, data: Tensor, updates: Tensor, reduction: str) -> Tensor:
+    """The scatter itself, of other values."""
+    where: dict[str, Any] = {} if s.node.op == "ScatterND" else {"axis": s.attr("axis")}
+    return s.graph.emit(s.node.op, data, s.x(1), updates, reduction=reduction, **where)
+
+
+def scatter_extreme_pull(s: Site, i: int) -> Tensor:
+    """Forward form: the largest (or smallest) of an entry and its updates.
+
+    Backward returns M to the entry where it stands, else to the update that took its place.
+    """
+    op, stands = s.op, s.op.Equal(s.x(0), s.y)
+    if i == 0:
+        return op.Where(stands, s.m, 0.0)
+    taken = op.And(op.Equal(s.x(2), read_at(s, s.y)), op.Not(read_at(s, stands)))
+    return op.Where(taken, read_at(s, s.m), 0.0)
+
+
+def scatter_product_pull(s: Site, i: int) -> Tensor:
+    """Forward form: an entry times all its updates. Backward returns M times the other factors.
+
+    These are the product over this factor; with a single zero among them, the product of the rest.
+    """
+    op, dtype = s.op, s.graph.dtype(s.y)
+    one = np.ones((), dtype)
+    if i == 0:
+        ones = op.Add(s.zeros_like(s.x(0)), one)
+        return op.Mul(s.m, write_at(s, ones, s.x(2), "mul"))
+    zero = [op.Equal(s.x(k), 0.0) for k in (0, 2)]
+    data, updates = (op.Where(z, one, s.x(k)) for z, k in zip(zero, (0, 2), strict=True))
+    counts = [op.Cast(z, to=dtype) for z in zero]
+    others = op.Sub(read_at(s, write_at(s, *counts, "add")), counts[1])
+    product = op.Div(read_at(s, write_at(s, data, updates, "mul")), updates)
+    return op.Where(op.Equal(others, 0.0), op.Mul(read_at(s, s.m), product), 0.0)
 
 
 add(Linear(op="Gather", pull=gather_pull, blocked=DATA_ONLY, caveat=SAME_INDICES))
@@ -303,6 +344,18 @@ add(Linear(op="GatherND", pull=replay, blocked=DATA_ONLY, caveat=SAME_INDICES))
 add(Linear(op="Compress", pull=replay, blocked=DATA_ONLY, caveat=SAME_CONDITION))
 add(Linear(op="ScatterElements", pull=scatter_pull, blocked=frozenset({1}), caveat=SAME_INDICES))
 add(Linear(op="ScatterND", pull=scatter_pull, blocked=frozenset({1}), caveat=SAME_INDICES))
+
+
+def one_hot_pull(s: Site, i: int) -> Tensor:
+    """Forward form Y = off + (on − off) · hit. Backward sums M over the misses and over the hits."""
+    op = s.op
+    hit = op.OneHot(s.x(0), s.x(1), np.array([0, 1], s.graph.dtype(s.y)), axis=s.attr("axis"))
+    on = op.ReduceSum(op.Mul(s.m, hit), keepdims=0)
+    off = op.ReduceSum(op.Mul(s.m, op.Sub(1.0, hit)), keepdims=0)
+    return op.Concat(op.Unsqueeze(off, [0]), op.Unsqueeze(on, [0]), axis=0)
+
+
+add(Linear(op="OneHot", pull=one_hot_pull, blocked=frozenset({0, 1})))
 
 
 # -- choosing, repeating, rearranging --------------------------------------------------------------

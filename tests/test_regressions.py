@@ -1,0 +1,243 @@
+"""What random graphs found (``test_random_graphs.py``), each in its smallest form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, numpy_helper, parser
+
+pytest.importorskip("onnxruntime")
+
+import onnx_attrib
+from onnx_attrib import OptionError
+
+from . import numeric
+from .numeric import Array
+
+
+def text(body: str, opset: int = 21, ir: int = 10, **arrays: Array) -> ModelProto:
+    """A model from ONNX text, with ``arrays`` as further initializers."""
+    model = parser.parse_model(f'<ir_version: {ir}, opset_import: ["" : {opset}]> {body}')
+    for name, array in arrays.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    onnx.checker.check_model(model)
+    return model
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> Array:
+    return np.asarray(rng.standard_normal(shape)).astype(dtype)
+
+
+def explained(model: ModelProto, feeds: Mapping[str, Array], **request: Any) -> dict[str, Array]:
+    """Compile, check and run."""
+    compiled = onnx_attrib.compile(model, **request)
+    numeric.check_graph(compiled, model)
+    return numeric.run(compiled, feeds)
+
+
+# -- convergence_delta -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "nodes"),
+    [
+        ("float[6] x", "float[1] y", "y = Slice (x, five, six)"),
+        ("float[3] x", "float[5] y", 'y = Pad <mode = "reflect"> (x, pads)'),
+        ("float[3, 3] x", "float[9] y", "y = Reshape (x, flat)"),
+        ("float[N, 3] x", "float[M] y", "y = Reshape (x, flat)"),
+        ("float[N, 3] x", "float[M, 3] y", "y = Concat <axis = 0> (x, x)"),
+    ],
+)
+def test_delta_where_the_output_has_other_samples(
+    rng: np.random.Generator, inputs: str, output: str, nodes: str
+) -> None:
+    """The sums of inputs and output were subtracted sample by sample, which they do not share."""
+    model = text(
+        f"""g ({inputs}) => ({output}) <int64[1] five = {{5}}, int64[1] six = {{6}},
+        int64[2] pads = {{2, 0}}, int64[1] flat = {{-1}}> {{ {nodes} }}"""
+    )
+    shape = [d.dim_value or 4 for d in model.graph.input[0].type.tensor_type.shape.dim]
+    x = normal(rng, *shape)
+    seed = normal(rng, *numeric.run(model, {"x": x})["y"].shape)
+    found = explained(model, {"x": x, "seed": seed}, target="seed", delta=True)
+    assert found["convergence_delta"].shape == (1,)
+    np.testing.assert_allclose(found["convergence_delta"], 0, atol=1e-5)
+
+
+def test_delta_for_each_sample_behind_a_reshape(rng: np.random.Generator) -> None:
+    """That the samples are the same ones is known at run time only."""
+    model = text(
+        """g (float[N, 2, 3] x) => (float[M, 6] y) <int64[2] s = {-1, 6}> {
+        h = Reshape (x, s) y = Sigmoid (h) }"""
+    )
+    x, seed = normal(rng, 4, 2, 3), normal(rng, 4, 6)
+    found = explained(model, {"x": x, "seed": seed}, target="seed", delta=True)
+    assert found["convergence_delta"].shape == (4,)
+
+
+# -- one reference for all samples -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "nodes"),
+    [
+        ("N", "s = Shape (x) n = Gather <axis = 0> (s, zero) f = Cast <to = 1> (n) y = Div (x, f)"),
+        ("N, 3", "n = Size (x) f = Cast <to = 1> (n) y = Div (x, f)"),
+        ("N", "y = Softmax <axis = 0> (x)"),
+        ("N, 3", "y = LogSoftmax <axis = -2> (x)"),
+        ("N, 3", "a = Abs (x) b = Add (a, half) y = LpNormalization <axis = 0> (b)"),
+        ("N, 3", "y = CumSum (x, zero)"),
+        ("N, 3", "y = Trilu (x)"),
+        ("N, 2, 2, 3", "y = MeanVarianceNormalization (x)"),
+    ],
+)
+def test_samples_that_meet_need_a_reference_each(
+    rng: np.random.Generator, shape: str, nodes: str
+) -> None:
+    """The reference was evaluated with batch 1 though the model mixes or counts its samples."""
+    model = text(
+        f"g (float[{shape}] x) => (float[{shape}] y) <int64 zero = {{0}}, float half = {{0.5}}> "
+        f"{{ {nodes} }}"
+    )
+    x = normal(rng, 4, *[int(d) for d in shape.split(", ")[1:]])
+    base = normal(rng, 1, *x.shape[1:])
+    y, y_bar = (numeric.run(model, {"x": v})["y"] for v in (x, np.repeat(base, 4, axis=0)))
+    seed = np.asarray(np.sign(y - y_bar), np.float32)
+    feeds = {"x": x, "x_baseline": base, "seed": seed}
+    found = explained(model, feeds, target="seed", baseline="input")
+    np.testing.assert_allclose(found["x_attribution"].sum(), np.abs(y - y_bar).sum(), rtol=1e-4)
+
+
+def test_a_size_other_than_the_batch_may_be_shared(rng: np.random.Generator) -> None:
+    """A scale by another run-time size is the same for every sample."""
+    model = text(
+        """g (float[N, D] x) => (float[N, D] y) <int64 one = {1}> {
+        s = Shape (x) n = Gather <axis = 0> (s, one) f = Cast <to = 1> (n) y = Div (x, f) }"""
+    )
+    compiled = onnx_attrib.compile(model, target="seed", baseline="input")
+    assert not any(node.op_type == "Expand" for node in compiled.graph.node)
+
+
+# -- types and shapes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_layer_normalization_in_every_type(
+    rng: np.random.Generator, dtype: type, axis: int
+) -> None:
+    """Its statistics are float32, whatever the input is."""
+    name = {np.float16: "float16", np.float32: "float", np.float64: "double"}[dtype]
+    dims = (3, 4)[axis + 1 if axis < 0 else 0 :] if axis == 1 else (4,)
+    model = text(
+        f"""g ({name}[N, 3, 4] x) => ({name}[N, 3, 4] y) {{
+        y = LayerNormalization <axis = {axis}, epsilon = 0.05> (x, scale, bias) }}""",
+        scale=normal(rng, *dims, dtype=dtype),
+        bias=normal(rng, *dims, dtype=dtype),
+    )
+    x, base = normal(rng, 2, 3, 4, dtype=dtype), normal(rng, 2, 3, 4, dtype=dtype)
+    numeric.check_gradient(model, {"x": x})
+    numeric.check_conservation(model, ({"x": x}, {"x": base}))
+
+
+def test_group_normalization_inside_a_network(rng: np.random.Generator) -> None:
+    """ONNX infers nothing for it, nor for what follows."""
+    model = text(
+        """g (float[N, 4, 3] x) => (float[N, 4, 3] y) {
+        h = GroupNormalization <num_groups = 2, epsilon = 0.05> (x, scale, bias) y = Tanh (h) }""",
+        scale=normal(rng, 4),
+        bias=normal(rng, 4),
+    )
+    x, base = normal(rng, 2, 4, 3), normal(rng, 2, 4, 3)
+    numeric.check_gradient(model, {"x": x})
+    numeric.check_conservation(model, ({"x": x}, {"x": base}))
+
+
+@pytest.mark.parametrize(
+    ("node", "size", "name"),
+    [
+        ("Pad <pads = [1, 1], value = 0.3>", 4, "float16"),
+        ("Pad <pads = [1, 1], value = 0.3>", 4, "float"),
+        ("Pad <pads = [1, 1], value = 0.3>", 4, "double"),
+        ("Pad <pads = [1, 1]>", 4, "double"),
+        ("Clip <min = -0.5, max = 0.5>", 2, "float16"),
+        ("Clip <min = -0.5, max = 0.5>", 2, "float"),
+    ],
+)
+def test_attributes_that_became_inputs_have_the_type_of_the_data(
+    rng: np.random.Generator, node: str, size: int, name: str
+) -> None:
+    """ONNX's converter makes them float32."""
+    model = text(f"g ({name}[2] x) => ({name}[{size}] y) {{ y = {node} (x) }}", opset=9, ir=4)
+    dtype = {"float16": np.float16, "float": np.float32, "double": np.float64}[name]
+    numeric.check_gradient(model, {"x": normal(rng, 2, dtype=dtype)})
+
+
+@pytest.mark.parametrize("method", ["gradient", "deeplift", "epsilon-lrp"])
+def test_a_scalar_is_its_own_slope(method: str) -> None:
+    """The seed of a region came back unchanged, and a constant's shape cannot be set."""
+    model = text("g (float x) => (float y) { y = PRelu (x, x) }", opset=16, ir=8)
+    feeds = {"x": np.float32(-0.5), "seed": np.float32(1)}
+    found = explained(
+        model, {k: np.asarray(v) for k, v in feeds.items()}, method=method, target="seed"
+    )
+    assert found["x_attribution"].shape == ()
+
+
+@pytest.mark.parametrize("first", ["Div (c, x)", "Max (x, c)"])
+def test_a_chain_starts_behind_what_broadcasts_its_argument(
+    rng: np.random.Generator, first: str
+) -> None:
+    """Relevance came back in the broadcast shape."""
+    model = text(
+        f"g (float[3] x) => (float[2, 3] y) {{ h = {first} y = Abs (h) }}", c=normal(rng, 2, 3)
+    )
+    feeds = {"x": normal(rng, 3), "seed": normal(rng, 2, 3)}
+    found = explained(model, feeds, method="epsilon-lrp", target="seed")
+    assert found["x_attribution"].shape == (3,)
+
+
+def test_an_output_declared_with_a_symbol_of_its_own(rng: np.random.Generator) -> None:
+    """Its shape is that of the input all the same: the choice is one nonlinearity of it."""
+    model = text(
+        """g (float[N] x) => (float[M] y) <float zero = {0}> {
+        p = Greater (x, zero) s = Softsign (x) y = Where (p, x, s) }"""
+    )
+    x, base = normal(rng, 5), normal(rng, 5)
+    numeric.check_conservation(model, ({"x": x}, {"x": base}))
+    compiled = onnx_attrib.compile(model, target="seed")
+    assert compiled.graph.output[0] == model.graph.output[0]
+
+
+def test_a_tensor_of_unknown_rank_is_refused_as_an_output() -> None:
+    """An output has to declare a shape; the graph was invalid."""
+    model = text(
+        """g (float[A, B] x) => (float y) <int64[1] flat = {-1}> {
+        h = Squeeze (x) k = Abs (h) y = ReduceSum <keepdims = 0> (k) }"""
+    )
+    with pytest.raises(OptionError, match="rank of 'h'"):
+        onnx_attrib.compile(model, method="gradient", inputs=["h"])
+
+
+# -- around onnxruntime ----------------------------------------------------------------------------
+
+
+def test_casts_there_and_back_outside_a_loop(rng: np.random.Generator) -> None:
+    """onnxruntime 1.31 drops the pair of Casts of the seed, but the Loop reads the second."""
+    model = text(
+        """g (float[3, 4] x) => (float[2, 6] y) <int64[2] s = {2, 6}> {
+        r = Reshape (x, s) d = Cast <to = 11> (r) y = Cast <to = 1> (d) }"""
+    )
+    x, seed = normal(rng, 3, 4), normal(rng, 2, 6)
+    feeds = {"x": x, "seed": seed}
+    found = explained(model, feeds, method="integrated-gradients", target="seed", steps=3)
+    np.testing.assert_allclose(found["x_attribution"], x * seed.reshape(3, 4), rtol=1e-5)
