@@ -274,12 +274,12 @@ def _analyse(report: Inspection, job: Job) -> None:
         raise
     except CompileError as error:
         report.problem = str(error)
-        _without_rule(report, graph.nodes, ())
+        _without_rule(report, graph, ())
         return
     report.squashed = behind_softmax(output)
     active = flow(upstream, {t.name for t in attributed})
     path = [(n, indices) for n in upstream if (indices := active_inputs(n, active))]
-    _without_rule(report, graph.nodes, [n for n, _ in path])
+    _without_rule(report, graph, [n for n, _ in path])
     consumers: dict[str, list[Node]] = {}
     for node, _ in path:
         for tensor in graph.uses(node):
@@ -307,11 +307,11 @@ def _analyse(report: Inspection, job: Job) -> None:
             report.layers.append(layer)
 
 
-def _without_rule(report: Inspection, nodes: Sequence[Node], path: Sequence[Node]) -> None:
+def _without_rule(report: Inspection, graph: Graph, path: Sequence[Node]) -> None:
     on_path = {id(node) for node in path}
-    for node in nodes:
+    for node in graph.nodes:
         if not rules.known(node.op, node.domain):
-            found = offence(node, "no rule for this operator")
+            found = offence(graph, node, "no rule for this operator")
             if id(node) in on_path:
                 report.unsupported.append(found)
             else:

@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
 from onnx_attrib.errors import Offence, UnsupportedOpError
-from onnx_attrib.ir import OPSET, Dim, Graph, Node, Tensor, Values, is_float, operands
+from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values, is_float, operands
 from onnx_attrib.job import Cluster, Job
 from onnx_attrib.methods.base import GRADIENT, Shares, Table
 from onnx_attrib.passes.cluster import Stretch, find
@@ -89,7 +89,7 @@ class Sweep:
             try:
                 shares = self._apply(site, rule)
             except Unsupported as reason:
-                offences.append(offence(node, str(reason)))
+                offences.append(offence(self.graph, node, str(reason)))
                 shares = _stand_ins(site)
             except UnsupportedOpError as inner:
                 offences.extend(reversed(inner.offences))
@@ -139,7 +139,7 @@ class Sweep:
         wanted = {site.x(i).name: i for i in reversed(site.active)}
         active = flow(nodes, set(wanted))
         ends = [y for y in outputs if y is not None and y.name in seeds]
-        check_rules([n for n in graph.prune(nodes, ends) if active_inputs(n, active)])
+        check_rules(graph, [n for n in graph.prune(nodes, ends) if active_inputs(n, active)])
         inner = Sweep(
             graph, table or self.table, at, reference, {}, self.reference_dims, self.notes
         )
@@ -216,7 +216,10 @@ class Sweep:
             active = flow(cluster.nodes, {root})
             return inner.run(cluster.nodes, active, {cluster.output.name: one}, [root])[root]
 
-        return Elementwise(op="cluster", derivative=derivative, piecewise=cluster.piecewise)
+        kinked = any(_bends(node) for node in cluster.nodes)
+        return Elementwise(
+            op="cluster", derivative=derivative, piecewise=cluster.piecewise, kinked=kinked
+        )
 
     def _apply(self, site: Site, rule: Rule | None) -> Shares:
         if rule is None:
@@ -276,20 +279,28 @@ def flow(nodes: Sequence[Node], roots: set[str]) -> set[str]:
     return active
 
 
+def _bends(node: Node) -> bool:
+    """Whether a node of a nonlinearity may give it a kink."""
+    row = rules.lookup(node.op, node.domain, (0,))
+    return node.op == "Where" or (
+        isinstance(row, Elementwise) and bool(row.piecewise or row.kinked)
+    )
+
+
 def _may_carry(tensor: Tensor) -> bool:
     return tensor.dtype is None or is_float(tensor.dtype)
 
 
-def offence(node: Node, reason: str) -> Offence:
+def offence(graph: Graph, node: Node, reason: str) -> Offence:
     """A node that cannot be handled, for an UnsupportedOpError."""
     label = node.name or (node.outputs[0].name if node.outputs else "")
-    return Offence(node.op, node.domain or "", OPSET, label, reason)
+    return Offence(node.op, node.domain or "", graph.version(node.domain), label, reason)
 
 
-def check_rules(nodes: Sequence[Node]) -> None:
+def check_rules(graph: Graph, nodes: Sequence[Node]) -> None:
     """Raise UnsupportedOpError with all nodes whose operators have no rule."""
     missing = [
-        offence(node, "no rule for this operator")
+        offence(graph, node, "no rule for this operator")
         for node in nodes
         if not rules.known(node.op, node.domain)
     ]

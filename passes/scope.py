@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnx_attrib.errors import CompileError, OptionError, UnsupportedOpError, suggest
 from onnx_attrib.ir import Graph, Node, Tensor, is_float, operands
@@ -40,7 +41,7 @@ def scope(job: Job) -> None:
                 nodes.append(node)
                 needed.update(operands(node)[i].name for i in indices)
     nodes.reverse()
-    check_rules(nodes)
+    check_rules(graph, nodes)
     _check_integers(graph, upstream, active)
     dependent, changing = [], set(names)
     for node in upstream:
@@ -118,7 +119,7 @@ def _one_hot(graph: Graph, node: Node) -> bool:
 
 
 def _is_table(graph: Graph, tensor: Tensor) -> bool:
-    return graph.value(tensor) is not None and len(graph.shape(tensor) or ()) == 2
+    return isinstance(tensor, gs.Constant) and len(graph.shape(tensor) or ()) == 2
 
 
 def ancestors(graph: Graph, output: Tensor) -> list[Node]:
@@ -172,6 +173,6 @@ def _check_reach(graph: Graph, tensor: Tensor, output: Tensor, upstream: list[No
 
 def _check_integers(graph: Graph, upstream: Sequence[Node], active: set[str]) -> None:
     reason = "attributed numbers reach it as quantized integers, and it has no rule for these"
-    found = [offence(node, reason) for node in leaks(graph, upstream, active)]
+    found = [offence(graph, node, reason) for node in leaks(graph, upstream, active)]
     if found:
         raise UnsupportedOpError(found, "Attribute a tensor behind these nodes (--input NAME).")

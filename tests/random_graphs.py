@@ -33,7 +33,10 @@ LARGEST = 200
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16}
 
 
-NO_DOUBLE = frozenset("LeakyRelu PRelu HardSigmoid HardSwish Celu Mish Shrink ThresholdedRelu Softsign".split())
+NO_DOUBLE = frozenset(
+    "LeakyRelu PRelu HardSigmoid HardSwish Celu Mish Shrink ThresholdedRelu Softsign Softplus "
+    "Swish Gelu".split()
+)
 """Operators that onnxruntime runs in float64 only in the opsets in which it takes them apart."""
 
 
@@ -133,7 +136,8 @@ class Builder:
 
     def axis(self, name: str, least: int = 1) -> int:
         """One of the free axes, of at least that size."""
-        return int(self.pick_or_refuse([k for k in self.free(name) if self.shape(name)[k] >= least]))
+        sizes = self.shape(name)
+        return int(self.pick_or_refuse([k for k in self.free(name) if sizes[k] >= least]))
 
     def pick_or_refuse(self, options: Sequence[Any]) -> Any:
         if not options:
@@ -185,7 +189,8 @@ class Builder:
         held = list(inputs)
         while held and not held[-1]:
             held.pop()
-        names = [f"t{len(self.nodes)}{'abcdefgh'[k] if outputs > 1 else ''}" for k in range(outputs)]
+        stem = f"t{len(self.nodes)}"
+        names = [stem] if outputs == 1 else [f"{stem}{letter}" for letter in "abcdefgh"[:outputs]]
         kept = {k: v for k, v in attributes.items() if v is not None}
         node = helper.make_node(op, held, names, **kept)
         results = self._run(node)
@@ -265,7 +270,8 @@ class Builder:
 
     def bounded(self, x: str) -> str:
         """A map of ``x`` that stays within ±0.9."""
-        return str(self.emit("Mul", self.emit(self.pick(["Tanh", "Softsign"]), x), self.number(0.9)))
+        squashed = self.emit(self.pick(["Tanh", "Softsign"]), x)
+        return str(self.emit("Mul", squashed, self.number(0.9)))
 
     def operand(self, x: str, constant: int = 40) -> str:
         """Another operand that broadcasts with ``x``: a constant, or a tensor so far."""
@@ -301,7 +307,7 @@ def ir_version(opset: int) -> int:
     return IR_VERSIONS.get(opset, 9 if opset < 21 else 10)
 
 
-# -- recipes: each adds a few nodes and returns the tensors to go on with ---------------------------
+# -- recipes: each adds a few nodes and returns the tensors to go on with --------------------------
 
 Recipe = Callable[[Builder], "str | list[str]"]
 RECIPES: dict[str, tuple[int, Recipe]] = {}
@@ -655,12 +661,38 @@ def pool(b: Builder) -> str:
         attributes["count_include_pad"] = 1
     if (op == "MaxPool" and b.opset >= 10) or b.opset >= 19:
         dilated(b, x, kernel, attributes)
-    return str(b.emit(op, x, kernel_shape=kernel, **attributes))
+    result = str(b.emit(op, x, kernel_shape=kernel, **attributes))
+    if attributes.get("ceil_mode"):
+        # Where the last window starts in the padding, ONNX's inference differs between opsets.
+        pads, strides = attributes.get("pads", [0] * 8), attributes.get("strides", [1] * 4)
+        dilations = attributes.get("dilations", [1] * 4)
+        for k, size in enumerate(b.shape(x)[2:]):
+            around = size + pads[k] + pads[k + len(kernel)] - dilations[k] * (kernel[k] - 1) - 1
+            if b.shape(result)[2 + k] != -(-around // strides[k]) + 1:
+                raise Refused
+    return result
 
 
 @recipe()
 def global_pool(b: Builder) -> str:
     return str(b.emit(b.pick(["GlobalAveragePool", "GlobalMaxPool"]), b.tensor(3, 4)))
+
+
+@recipe()
+def lp_pool(b: Builder) -> str:
+    x = b.positive(b.tensor(3, 4))
+    if b.chance(50):
+        return str(b.emit("GlobalLpPool", x, p=b.pick([2, 1, 3])))
+    kernel = [b.choose(1, min(3, size)) for size in b.shape(x)[2:]]
+    return str(b.emit("LpPool", x, kernel_shape=kernel, p=b.pick([2, 1, 3])))
+
+
+@recipe(18)
+def crop_and_pad(b: Builder) -> str:
+    x = b.tensor(fits=lambda v: v.ndim > int(b.batch))
+    axes = b.some(b.free(x))
+    sizes = b.ints(*[b.choose(1, b.shape(x)[k] + 2) for k in axes])
+    return str(b.emit("CenterCropPad", x, sizes, axes=axes))
 
 
 @recipe(11)
@@ -686,12 +718,7 @@ def resize(b: Builder) -> str:
 def softmax(b: Builder) -> str:
     x = b.tensor(fits=lambda v: v.ndim > int(b.batch))
     op = b.pick(["Softmax", "LogSoftmax"])
-    if b.opset < 13:
-        # Over all axes from this one on.
-        axis = b.pick_or_refuse(b.free(x))
-    else:
-        axis = b.axis(x)
-    return str(b.emit(op, x, axis=b.signed(axis, b.rank(x))))
+    return str(b.emit(op, x, axis=b.signed(b.axis(x), b.rank(x))))
 
 
 @recipe()
@@ -771,12 +798,53 @@ def spelled_layer_normalization(b: Builder) -> str:
     x = b.tensor(fits=lambda v: v.ndim > int(b.batch) and v.shape[-1] > 2)
     axes = [b.rank(x) - 1]
     centred = b.emit("Sub", x, b.setting(18, "ReduceMean", x, axes=axes))
-    square = b.emit("Mul", centred, centred) if b.chance(50) else b.emit(
-        "Pow", centred, b.number(2.0)
-    )
+    squared = ("Mul", centred) if b.chance(50) else ("Pow", b.number(2.0))
+    square = b.emit(squared[0], centred, squared[1])
     variance = b.setting(18, "ReduceMean", square, axes=axes)
     root = b.emit("Sqrt", b.emit("Add", variance, b.number(0.05)))
     return str(b.emit("Div", centred, root))
+
+
+@recipe(9)
+def mean_variance_normalization(b: Builder) -> str:
+    x = b.tensor(4, fits=lambda v: math.prod(v.shape[2:]) > 2)
+    axes = [2, 3] if b.batch or b.chance(50) else [0, 2, 3]
+    return str(b.emit("MeanVarianceNormalization", x, axes=axes))
+
+
+# -- recurrence and attention ----------------------------------------------------------------------
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+@recipe()
+def recurrence(b: Builder) -> str:
+    x = b.tensor(3)
+    if b.batch:
+        x = b.emit("Transpose", x, perm=[1, 0, 2])
+    op, hidden = b.pick(list(GATES)), b.choose(1, 3)
+    directions = b.choose(1, 2)
+    rows = GATES[op] * hidden
+    weight = b.constant(b.array(directions, rows, b.shape(x)[2], scale=0.6))
+    again = b.constant(b.array(directions, rows, hidden, scale=0.6))
+    bias = b.constant(b.array(directions, 2 * rows, scale=0.3)) if b.chance(50) else ""
+    attributes: dict[str, Any] = {"hidden_size": hidden}
+    attributes["direction"] = b.pick(["forward", "reverse"]) if directions == 1 else "bidirectional"
+    if op == "GRU" and b.chance(50):
+        attributes["linear_before_reset"] = 1
+    steps, last = b.emit(op, x, weight, again, bias, outputs=2, **attributes)[:2]
+    if not b.batch:
+        return str(b.pick([steps, last]))
+    return str(b.emit("Transpose", steps, perm=[2, 0, 1, 3]))
+
+
+@recipe(23)
+def attention(b: Builder) -> str:
+    x = b.tensor(4, fits=lambda v: v.shape[3] > 1)
+    others = [n for n in b.pool if b.shape(n) == b.shape(x)]
+    keys, values = b.pick(others), b.pick(others)
+    more = {"is_causal": 1} if b.chance(30) else {}
+    return str(b.emit("Attention", x, keys, values, **more))
 
 
 # -- reductions ------------------------------------------------------------------------------------
@@ -938,8 +1006,7 @@ def concat(b: Builder) -> str:
 
     def fits(n: str) -> bool:
         return b.rank(n) == b.rank(x) and all(
-            k == axis or p == q
-            for k, (p, q) in enumerate(zip(b.shape(n), b.shape(x), strict=True))
+            k == axis or p == q for k, (p, q) in enumerate(zip(b.shape(n), b.shape(x), strict=True))
         )
 
     parts = [x, *[n for n in b.pool[::-1] if fits(n) and b.chance(50)][:2]]
@@ -1116,9 +1183,8 @@ def reverse(b: Builder) -> str:
     x = b.tensor(fits=lambda v: v.ndim >= 2)
     time, sample = b.pick([(0, 1), (1, 0)])
     lengths = b.rng.integers(1, b.shape(x)[time] + 1, b.shape(x)[sample])
-    return str(
-        b.emit("ReverseSequence", x, b.constant(lengths, np.int64), time_axis=time, batch_axis=sample)
-    )
+    given = b.constant(lengths, np.int64)
+    return str(b.emit("ReverseSequence", x, given, time_axis=time, batch_axis=sample))
 
 
 @recipe(9)

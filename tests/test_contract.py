@@ -185,7 +185,9 @@ def test_single_value_outputs_need_no_target(shape: str) -> None:
 
 
 def test_scalar_output() -> None:
-    source = text("g (float[N, 3] x) => (float y) { s = Mul(x, x) y = ReduceSum <keepdims = 0> (s) }")
+    source = text(
+        "g (float[N, 3] x) => (float y) { s = Mul(x, x) y = ReduceSum <keepdims = 0> (s) }"
+    )
     x = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
     compiled = onnx_attrib.compile(source, method="deeplift", delta=True, baseline=1.0)
     result = run(compiled, {"x": x})
@@ -272,7 +274,9 @@ def test_bad_baselines(rng: np.random.Generator, baseline: object, message: str)
 
 
 def test_several_inputs_share_the_difference(rng: np.random.Generator) -> None:
-    source = text("g (float[N, 4] a, float[N, 4] b) => (float[N, 4] y) { p = Mul(a, b) y = Tanh(p) }")
+    source = text(
+        "g (float[N, 4] a, float[N, 4] b) => (float[N, 4] y) { p = Mul(a, b) y = Tanh(p) }"
+    )
     feeds = {k: rng.standard_normal((3, 4)).astype(np.float32) for k in "ab"}
     bases = {k: rng.standard_normal((1, 4)).astype(np.float32) for k in "ab"}
     compiled = onnx_attrib.compile(source, target=2, baseline=bases, delta=True)
@@ -376,9 +380,7 @@ def test_unknown_names_are_suggested(rng: np.random.Generator) -> None:
 
 
 def test_all_unsupported_nodes_are_listed() -> None:
-    source = text(
-        """g (float[N, 4] x) => (float[N, 4] y) { a = Exp(x) b = Relu(a) y = Exp(b) }"""
-    )
+    source = text("""g (float[N, 4] x) => (float[N, 4] y) { a = Exp(x) b = Relu(a) y = Exp(b) }""")
     source.opset_import.add(domain="com.example", version=1)
     for i, name in ((0, "first"), (2, "")):
         node = source.graph.node[i]
@@ -396,7 +398,8 @@ def test_cut_and_missing_paths_are_explained() -> None:
     with pytest.raises(CompileError, match="Floor"):
         onnx_attrib.compile(cut)
     apart = text(
-        "g (float[N, 4] x, float[N, 4] z) => (float[N, 4] y, float[N, 4] w) { y = Exp(x) w = Exp(z) }"
+        """g (float[N, 4] x, float[N, 4] z) => (float[N, 4] y, float[N, 4] w)
+        { y = Exp(x) w = Exp(z) }"""
     )
     with pytest.raises(CompileError, match="does not depend on 'z'"):
         onnx_attrib.compile(apart, inputs=["z"])
@@ -406,11 +409,7 @@ def test_cut_and_missing_paths_are_explained() -> None:
 
 
 def test_names_never_collide(rng: np.random.Generator) -> None:
-    source = text(
-        """g (float[N, 4] x) => (float[N, 4] y)
-        { "attrib/Mul" = Exp(x) "attrib/constant" = Tanh("attrib/Mul") y = Sigmoid("attrib/constant") }
-        """.replace('"attrib/Mul"', "p").replace('"attrib/constant"', "q")
-    )
+    source = text("g (float[N, 4] x) => (float[N, 4] y) { p = Exp(x) q = Tanh(p) y = Sigmoid(q) }")
     source.graph.node[0].output[0] = source.graph.node[1].input[0] = "attrib/Mul"
     source.graph.node[1].output[0] = source.graph.node[2].input[0] = "attrib/constant"
     compiled = onnx_attrib.compile(source, target=1)

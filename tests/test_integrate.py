@@ -17,7 +17,12 @@ RULES = ["gauss-legendre", "trapezoid", "middle", "left", "right"]
 
 
 def expected(
-    source: onnx.ModelProto, x: np.ndarray, base: np.ndarray, seed: np.ndarray, rule: str, steps: int
+    source: onnx.ModelProto,
+    x: np.ndarray,
+    base: np.ndarray,
+    seed: np.ndarray,
+    rule: str,
+    steps: int,
 ) -> np.ndarray:
     """Integrated gradients of ``mlp``, point by point in float64, from the rules' definitions."""
     if rule == "gauss-legendre":

@@ -268,3 +268,22 @@ def test_subgraphs_are_read() -> None:
     assert notes(STEPPED.format(inner=counted)) == []
     powers = "two = Constant <value_float = 2.0> ()  after = Pow (s, two)"
     assert notes(STEPPED.format(inner=powers)) == []
+
+
+def test_steps_counted_by_shapes_are_the_same() -> None:
+    assert not notes("""
+    counted (float[N, T, 4] x) => (float[N, 4] y)
+      <bool go = {1}, int64 axis = {1}, int64[1] first = {0}>
+    {
+      sizes = Shape (x)
+      count = Gather (sizes, axis)
+      start = ReduceMax <axes = [1], keepdims = 0> (x)
+      y = Loop (count, go, start) <body = step (int64 i, bool on, float[N, 4] s) =>
+        (bool still, float[N, 4] after)
+      {
+        still = Identity (on)
+        entry = Gather <axis = 1> (x, i)
+        after = Mul (s, entry)
+      }>
+    }
+    """)

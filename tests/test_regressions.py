@@ -127,6 +127,36 @@ def test_a_size_other_than_the_batch_may_be_shared(rng: np.random.Generator) -> 
     assert not any(node.op_type == "Expand" for node in compiled.graph.node)
 
 
+# -- differences -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kink"),
+    [
+        ("y = Elu <alpha = 0.3> (x)", 0.0),
+        ("y = Selu (x)", 0.0),
+        ("y = HardSwish (x)", -3.0),
+        ("p = Greater (x, zero) t = Tanh (x) h = Mul (t, half) y = Where (p, x, h)", 0.0),
+    ],
+)
+@pytest.mark.parametrize("name", ["float", "float16"])
+def test_a_kink_between_two_close_points(nodes: str, kink: float, name: str) -> None:
+    """The mean of the two slopes was taken for the slope between them."""
+    dtype = np.dtype(np.float16 if name == "float16" else np.float32)
+    model = text(
+        f"g ({name}[N] x) => ({name}[N] y) {{ {nodes} }}",
+        zero=np.zeros((), dtype),
+        half=np.full((), 0.5, dtype),
+    )
+    close = 0.02 if name == "float16" else 1e-3
+    x = np.array([kink + close, kink - close / 3], dtype)
+    base = np.full(2, kink - close, dtype)
+    feeds = {"x": x, "x_baseline": base, "seed": np.ones(2, dtype)}
+    found = explained(model, feeds, target="seed", baseline="input")["x_attribution"]
+    y, y_bar = (numeric.run(model, {"x": v})["y"].astype(np.float64) for v in (x, base))
+    np.testing.assert_allclose(found, y - y_bar, rtol=0, atol=close / 20)
+
+
 # -- types and shapes ------------------------------------------------------------------------------
 
 

@@ -43,9 +43,7 @@ def plain(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {"x": x})
 
 
-@pytest.mark.parametrize(
-    "method", ["gradient", pytest.param("deeplift", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("method", ["gradient", pytest.param("deeplift", marks=pytest.mark.slow)])
 def test_ten_thousand_nodes(method: str) -> None:
     source = chain(10_000)
     start = time.perf_counter()

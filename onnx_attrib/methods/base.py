@@ -95,8 +95,8 @@ class Method:
     is reported, from multiplier, value and reference (None without one). ``needs_reference``:
     the attribution uses x̄. ``compares``: rules compare the model's values at x and x̄.
     ``complete``: attributions sum to S(x) − S(x̄). ``path(options)``: evaluate multipliers at
-    several points and average. ``clusters``: what counts as one nonlinearity: each operator, single-
-    variable ``regions`` where paths meet again, or also ``chains`` of nonlinearities.
+    several points and average. ``clusters``: what counts as one nonlinearity: each operator, also
+    single-variable ``regions`` where paths meet again, or also ``chains`` of nonlinearities.
     ``signed``: attributions can be negative.
     """
 

@@ -44,6 +44,11 @@ def rescale(sweep: Sweeper, site: Site, rule: Elementwise) -> Shares:
     return {rule.operand: scale(site, site.m, secant(site, rule))}
 
 
+_SHARPEST = 0.16
+"""A change of slope, relative to the slopes, beyond which there is a kink in the largest step for
+which the mean slope is used; proportionally less in a smaller one."""
+
+
 def secant(site: Site, rule: Elementwise) -> Tensor:
     """Δf / Δz by the closed form, or the quotient with its limit where Δz vanishes.
 
@@ -60,10 +65,17 @@ def secant(site: Site, rule: Elementwise) -> Tensor:
     slope = numeric(site, rule.derivative(site))
     if rule.piecewise:
         return op.Where(op.Equal(step, 0.0), slope, quotient)
-    slope = site.midpoint(slope, numeric(site, rule.derivative(reference)))
+    there = numeric(site, rule.derivative(reference))
+    mean = site.midpoint(slope, there)
     # "Not greater" also catches the NaN of two equal infinities (masked logits).
-    far = op.Greater(op.Abs(step), site.tolerance(step))
-    return op.Where(far, quotient, slope)
+    size = op.Abs(step)
+    far = op.Greater(size, site.tolerance(step))
+    if rule.kinked:
+        # A kink between the two: the slopes differ by more than they could bend on the way.
+        both = op.Add(op.Add(op.Abs(slope), op.Abs(there)), 1.0)
+        bend = op.Mul(op.Mul(size, _SHARPEST / site.tolerance(step)), both)
+        far = op.Or(far, op.Greater(op.Abs(op.Sub(slope, there)), bend))
+    return op.Where(far, quotient, mean)
 
 
 def midpoint(sweep: Sweeper, site: Site, rule: Bilinear) -> Shares:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from onnx import GraphProto, NodeProto, helper
 
 from onnx_attrib.ir import Graph, Node, Shape, Tensor, bodies, is_float, operands, subgraphs
@@ -277,7 +278,9 @@ class Reverse:
         roots = {values[self._inside(i)].name for i in self.site.active}
         return self._with_states(outputs, roots, lambda names: self.walker.flow(nodes, names))
 
-    def _moved(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> set[str]:
+    def _moved(
+        self, nodes: Sequence[Node], outputs: Sequence[Tensor], *, by_value: bool = False
+    ) -> set[str]:
         """Names of the step's inputs whose values differ at the reference."""
         reference, values = self.site.reference, self._values(self.site, self.formals)
         if reference is None:
@@ -285,7 +288,7 @@ class Reverse:
         roots = {
             values[self._inside(i)].name
             for i, (x, r) in enumerate(zip(self.site.inputs, reference.inputs, strict=True))
-            if i >= self.steps.states.start and _differ(x, r)
+            if i >= self.steps.states.start and _differ(x, r, by_value=by_value)
         }
         return self._with_states(outputs, roots, lambda names: depends(self.graph, nodes, names))
 
@@ -400,11 +403,13 @@ class Reverse:
         site, reference = self.site, self.site.reference
         if reference is None or not self.steps.is_loop:
             return None
-        pairs = zip(site.inputs[:2], reference.inputs[:2], strict=True)
+        pairs = list(zip(site.inputs[:2], reference.inputs[:2], strict=True))
         goes_on = outputs[0].name in depends(self.graph, nodes, moved)
         if not goes_on and not any(_differ(x, r) for x, r in pairs):
             return None
-        self.walker.note(STEPS_DIFFER.format(label(site)))
+        led = depends(self.graph, nodes, self._moved(nodes, outputs, by_value=True))
+        if outputs[0].name in led or any(_differ(x, r, by_value=True) for x, r in pairs):
+            self.walker.note(STEPS_DIFFER.format(label(site)))
         op = self.graph.op
         counts = [
             op.Size(self._track(side, self.formals[0], 0, outputs).source)
@@ -471,8 +476,25 @@ def _at(tensors: Sequence[Tensor | None], i: int) -> Tensor | None:
     return tensors[i] if 0 <= i < len(tensors) else None
 
 
-def _differ(x: Tensor | None, r: Tensor | None) -> bool:
-    return x is not None and r is not None and x.name != r.name
+def _differ(x: Tensor | None, r: Tensor | None, *, by_value: bool = False) -> bool:
+    """Whether the two are computed apart; ``by_value``: and not from shapes alone."""
+    apart = x is not None and r is not None and x.name != r.name
+    return apart and not (by_value and _from_shapes(x))
+
+
+def _from_shapes(tensor: Tensor | None) -> bool:
+    """Whether only shapes and constants go into a tensor: the same at input and reference."""
+    pending, seen = [tensor], set[str]()
+    while pending:
+        here = pending.pop()
+        if here is None or here.name in seen or isinstance(here, gs.Constant):
+            continue
+        seen.add(here.name)
+        if not here.inputs:
+            return False
+        if here.inputs[0].op not in ("Shape", "Size"):
+            pending += [t for t in operands(here.inputs[0]) if t.name]
+    return True
 
 
 def _compatible(a: Shape | None, b: Shape | None) -> bool:

@@ -24,6 +24,7 @@ def row(
     secant: Callable[[Site], Tensor | None] | None = None,
     operand: int = 0,
     piecewise: bool = False,
+    kinked: bool = False,
     relu_like: bool = False,
     broadcasts: bool = False,
 ) -> None:
@@ -35,6 +36,7 @@ def row(
             secant=secant,
             operand=operand,
             piecewise=piecewise,
+            kinked=kinked,
             relu_like=relu_like,
             broadcasts=broadcasts,
             covers=only(operand),
@@ -143,18 +145,24 @@ def power_difference(s: Site, i: int) -> Tensor:
     """a^b with both varying: each moves alone, before and after the other; the mean of both.
 
     Backward returns m · ½[(aᵇ − āᵇ) + (aᵇ̄ − āᵇ̄)] / Δa for the base, and alike for the exponent.
+    Of the two ways, one may pass a point where the power is not finite (0 to a negative): then
+    the other counts alone.
     """
     op, here, base = s.op, s, ref(s)
     power = [op.Cast(t.x(1), to=s.graph.dtype(s.x(0))) for t in (here, base)]
-    first, second = op.Pow(base.x(0), power[0]), op.Pow(here.x(0), power[1])
-    if i == 1:
-        first, second = second, first
-    change = op.Add(op.Sub(here.y, first), op.Sub(second, base.y))
-    step = op.Sub(here.x(0), base.x(0)) if i == 0 else op.Sub(*power)
-    slope = power_slope if i == 0 else exponential_slope
-    quotient = op.Div(op.Mul(change, 0.5), step)
+    turns = op.Pow(base.x(0), power[0]), op.Pow(here.x(0), power[1])
+    if i == 0:
+        ways = op.Sub(here.y, turns[0]), op.Sub(turns[1], base.y)
+        step, slope = op.Sub(here.x(0), base.x(0)), power_slope
+    else:
+        ways = op.Sub(turns[0], base.y), op.Sub(here.y, turns[1])
+        step, slope = op.Sub(*power), exponential_slope
+    closed = [op.Or(op.IsNaN(turn), op.IsInf(turn)) for turn in turns]
+    one_way = op.Where(closed[0], ways[1], ways[0])
+    change = op.Where(op.Or(*closed), one_way, s.midpoint(*ways))
     far = op.Greater(op.Abs(step), s.tolerance(step))
-    return op.Mul(s.m, op.Where(far, quotient, s.midpoint(slope(here), slope(base))))
+    mean = s.midpoint(slope(here), slope(base))
+    return op.Mul(s.m, op.Where(far, op.Div(change, step), mean))
 
 
 def power_pull(s: Site, i: int) -> Tensor:
@@ -218,10 +226,11 @@ def exponential_unit(alpha: Callable[[Site], float], scale: Callable[[Site], flo
     return slope
 
 
-row("Elu", exponential_unit(lambda s: s.attr("alpha"), lambda s: 1.0), relu_like=True)
+row("Elu", exponential_unit(lambda s: s.attr("alpha"), lambda s: 1.0), kinked=True, relu_like=True)
 row(
     "Selu",
     exponential_unit(lambda s: s.attr("alpha"), lambda s: s.attr("gamma")),
+    kinked=True,
     relu_like=True,
 )
 
@@ -255,7 +264,7 @@ def hard_swish_slope(s: Site) -> Tensor:
     return op.Where(inside, op.Add(op.Mul(z, 1 / 3), 0.5), outside)
 
 
-row("HardSwish", hard_swish_slope)
+row("HardSwish", hard_swish_slope, kinked=True)
 
 
 def mish_slope(s: Site) -> Tensor:

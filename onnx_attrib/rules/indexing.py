@@ -333,7 +333,8 @@ def scatter_product_pull(s: Site, i: int) -> Tensor:
     zero = [op.Equal(s.x(k), 0.0) for k in (0, 2)]
     data, updates = (op.Where(z, one, s.x(k)) for z, k in zip(zero, (0, 2), strict=True))
     counts = [op.Cast(z, to=dtype) for z in zero]
-    others = op.Sub(read_at(s, write_at(s, *counts, "add")), counts[1])
+    zeros = write_at(s, counts[0], counts[1], "add")
+    others = op.Sub(read_at(s, zeros), counts[1])
     product = op.Div(read_at(s, write_at(s, data, updates, "mul")), updates)
     return op.Where(op.Equal(others, 0.0), op.Mul(read_at(s, s.m), product), 0.0)
 
@@ -347,7 +348,7 @@ add(Linear(op="ScatterND", pull=scatter_pull, blocked=frozenset({1}), caveat=SAM
 
 
 def one_hot_pull(s: Site, i: int) -> Tensor:
-    """Forward form Y = off + (on − off) · hit. Backward sums M over the misses and over the hits."""
+    """Forward form Y = off + (on − off) · hit. Backward sums M over misses and over hits."""
     op = s.op
     hit = op.OneHot(s.x(0), s.x(1), np.array([0, 1], s.graph.dtype(s.y)), axis=s.attr("axis"))
     on = op.ReduceSum(op.Mul(s.m, hit), keepdims=0)
