@@ -189,7 +189,8 @@ class Elementwise(Rule):
     costs one operator less and keeps NaN and infinities out. ``secant(site)`` is
     (f(z) − f(z̄)) / (z − z̄) where a closed form is better than the quotient, or None where this
     node has none. ``piecewise``: f is piecewise linear, so the quotient needs no smoothing near
-    z = z̄; ``kinked``: it is not, but its slope may jump. ``relu_like``: guided backprop and deconvnet change this operator.
+    z = z̄; ``kinked``: it is not, but its slope may jump. ``relu_like``: guided backprop and
+    deconvnet change this operator.
     """
 
     derivative: Callable[[Site], Tensor]
