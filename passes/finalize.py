@@ -64,7 +64,8 @@ def _residual(job: Job, attributions: list[Tensor]) -> Tensor:
         if tensor.name not in inner
     ]
     change, *parts = _aligned(
-        graph, [_per_sample(graph, t) for t in (op.Mul(job.seed, difference), *counted)]
+        graph,
+        [_per_sample(job, t) for t in (op.Mul(job.seed, difference), *counted)],
     )
     total = parts[0]
     for part in parts[1:]:
@@ -87,13 +88,22 @@ def _aligned(graph: Graph, sums: list[Tensor]) -> list[Tensor]:
     return [op.ReduceSum(op.Reshape(t, shape), [1], keepdims=0) for t in sums]
 
 
-def _per_sample(graph: Graph, tensor: Tensor) -> Tensor:
-    """The sum over all axes but the first; of 16-bit floats in float32."""
+def _per_sample(job: Job, tensor: Tensor) -> Tensor:
+    """The sum over all axes but the batch's; of 16-bit floats in float32."""
+    graph = job.graph
     if is_narrow(tensor.dtype):
         tensor = graph.op.Cast(tensor, to=np.dtype(np.float32))
-    rank = len(graph.shape(tensor) or ())
-    if rank == 0:
+    shape = graph.shape(tensor) or ()
+    if not shape:
         return graph.op.Reshape(tensor, [1])
+    if (
+        isinstance(job.scope.batch, str)
+        and shape[0] != job.scope.batch
+        and (shape.count(job.scope.batch) == 1)
+    ):
+        axis = shape.index(job.scope.batch)
+        order = [axis, *(k for k in range(len(shape)) if k != axis)]
+        tensor = graph.op.Transpose(tensor, perm=order)
     return graph.op.ReduceSum(graph.op.Flatten(tensor, axis=1), [1], keepdims=0)
 
 

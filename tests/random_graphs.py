@@ -689,10 +689,11 @@ def lp_pool(b: Builder) -> str:
 
 @recipe(18)
 def crop_and_pad(b: Builder) -> str:
-    x = b.tensor(fits=lambda v: v.ndim > int(b.batch))
-    axes = b.some(b.free(x))
-    sizes = b.ints(*[b.choose(1, b.shape(x)[k] + 2) for k in axes])
-    return str(b.emit("CenterCropPad", x, sizes, axes=axes))
+    # Of all axes: given only some, onnxruntime 1.31 fails where a Transpose is moved past it.
+    if b.leads:
+        raise Refused
+    x = b.tensor(fits=lambda v: v.ndim > 0)
+    return str(b.emit("CenterCropPad", x, b.ints(*[b.choose(1, d + 2) for d in b.shape(x)])))
 
 
 @recipe(11)
@@ -807,7 +808,8 @@ def spelled_layer_normalization(b: Builder) -> str:
 
 @recipe(9)
 def mean_variance_normalization(b: Builder) -> str:
-    x = b.tensor(4, fits=lambda v: math.prod(v.shape[2:]) > 2)
+    # Its definition adds a float32.
+    x = b.tensor(4, fits=lambda v: math.prod(v.shape[2:]) > 2 and v.dtype == np.float32)
     axes = [2, 3] if b.batch or b.chance(50) else [0, 2, 3]
     return str(b.emit("MeanVarianceNormalization", x, axes=axes))
 
@@ -1344,5 +1346,9 @@ def _model(b: Builder, outputs: Sequence[str]) -> ModelProto:
             wrong = b.opset < 13 and dim.dim_param and not (b.batch and axis == 0)
             if dim.dim_param.startswith("unk__") or wrong:
                 dim.dim_param = f"{declared.name}_{axis}"
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.shape_inference.InferenceError:
+        # ONNX does not accept all that onnxruntime runs.
+        raise Refused from None
     return model

@@ -306,6 +306,20 @@ def test_outputs_that_sum_over_the_batch(rng: np.random.Generator, method: str) 
     close(result["x_attribution"].sum(0), change, 1e-4)
 
 
+def test_batch_on_another_axis(rng: np.random.Generator) -> None:
+    """A time-first input: the residual is still one number a sample."""
+    source = text(
+        """g (float[5, N, 3] x) => (float[N, 3] y) <int64[1] a = {0}>
+        { t = Tanh(x) y = ReduceSum <keepdims = 0> (t, a) }"""
+    )
+    x = rng.standard_normal((5, 4, 3)).astype(np.float32)
+    result = run(onnx_attrib.compile(source, target=1, delta=True, baseline=0.5), {"x": x})
+    change = (np.tanh(x) - np.tanh(0.5)).sum(0)[:, 1]
+    close(result["x_attribution"].sum((0, 2)), change)
+    assert result["convergence_delta"].shape == (4,)
+    assert np.abs(result["convergence_delta"]).max() < 1e-5
+
+
 # -- layers, embeddings ----------------------------------------------------------------------------
 
 

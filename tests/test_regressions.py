@@ -271,3 +271,23 @@ def test_casts_there_and_back_outside_a_loop(rng: np.random.Generator) -> None:
     feeds = {"x": x, "seed": seed}
     found = explained(model, feeds, method="integrated-gradients", target="seed", steps=3)
     np.testing.assert_allclose(found["x_attribution"], x * seed.reshape(3, 4), rtol=1e-5)
+
+
+def test_operands_of_a_minimum_in_16_bits(rng: np.random.Generator) -> None:
+    """onnxruntime rounded the minimum but not its operands: none of them was equal to it."""
+    model = text(
+        """g (float16 x, float16[6, 4] y) => (float16[6, 1] z) <int64[1] a = {1}> {
+        h = Min (y, x) z = ReduceMean (h, a) }"""
+    )
+    half = np.float16
+    x, base = (np.asarray(v, half) for v in (-1.43, 0.3))
+    y, y_base = normal(rng, 6, 4, dtype=half), normal(rng, 6, 4, dtype=half)
+    seed = normal(rng, 6, 1, dtype=half)
+    feeds = {"x": x, "y": y, "x_baseline": base, "y_baseline": y_base, "seed": seed}
+    request = {"target": "seed", "steps": 3, "quadrature": "middle"}
+    found = explained(model, feeds, method="integrated-gradients", baseline="input", **request)
+    total = 0.0
+    for alpha in (1 / 6, 1 / 2, 5 / 6):
+        a, b = (v + alpha * (u.astype(float) - v) for u, v in ((x, base), (y, y_base)))
+        total += float(np.sum(seed * (a < b).sum(1, keepdims=True) / 4)) / 3
+    np.testing.assert_allclose(found["x_attribution"], total * float(x - base), rtol=2e-2)

@@ -88,15 +88,6 @@ reduction("ReduceMin", "ArgMin", -1)
 # -- over operands ---------------------------------------------------------------------------------
 
 
-def operand_winner(s: Site) -> Tensor:
-    """The first operand that equals the output."""
-    last = len(s.inputs) - 1
-    position = np.int64(last)
-    for k in reversed(range(last)):
-        position = s.op.Where(s.op.Equal(s.y, s.x(k)), np.int64(k), position)
-    return position
-
-
 def operand_take(s: Site, values: Sequence[Tensor | None], position: Tensor) -> Tensor:
     zero = np.zeros((), s.graph.dtype(s.y))
     result: Tensor = zero
@@ -116,6 +107,15 @@ _SINGLE = 4
 
 def extremum(op: str, beyond: str, sense: int, relu_like: bool) -> None:
     """Forward form: the largest (smallest) of several broadcast operands."""
+
+    def winner(s: Site) -> Tensor:
+        """The first of the largest. Operands are compared with each other, not with the output:
+        onnxruntime may round that to 16 bits and not them."""
+        best, position = s.x(0), np.int64(0)
+        for k in range(1, len(s.inputs)):
+            position = s.op.Where(s.graph.emit(beyond, s.x(k), best), np.int64(k), position)
+            best = s.graph.emit(op, best, s.x(k))
+        return position
 
     def mask(k: int) -> Elementwise:
         def chosen(s: Site) -> Tensor:
@@ -140,7 +140,7 @@ def extremum(op: str, beyond: str, sense: int, relu_like: bool) -> None:
     add(
         MaxLike(
             op=op,
-            winner=operand_winner,
+            winner=winner,
             take=operand_take,
             put=operand_put,
             sense=sense,
