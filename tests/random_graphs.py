@@ -22,7 +22,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .numeric import Array
+from .numeric import Array, run
 
 Choose = Callable[[int, int], int]
 """``choose(low, high)``: a whole number, both ends included."""
@@ -565,7 +565,7 @@ def gemm(b: Builder) -> str:
         out = b.shape(weight)[int(not flip)]
     else:
         weight = b.constant(b.array(*((out, width) if flip else (width, out)), scale=0.6))
-    attributes = {"transA": int(turned), "transB": int(flip)}
+    attributes: dict[str, Any] = {"transA": int(turned), "transB": int(flip)}
     if b.chance(30):
         attributes |= {"alpha": 0.7, "beta": 1.3}
     if b.opset >= 11 and b.chance(30):
@@ -1126,6 +1126,7 @@ def scatter(b: Builder) -> str:
     if b.leads:
         raise Refused
     x = b.tensor(fits=lambda v: v.ndim > 0)
+    more: dict[str, Any] = {"reduction": "add"} if b.opset >= 16 and b.chance(30) else {}
     if b.chance(50):
         axis = b.axis(x)
         size = b.shape(x)[axis]
@@ -1133,12 +1134,10 @@ def scatter(b: Builder) -> str:
         dims[axis] = b.choose(1, size)
         order = b.rng.permuted(np.broadcast_to(place(size, axis, b.rank(x)), b.shape(x)), axis=axis)
         indices = b.constant(np.take(order, range(dims[axis]), axis), np.int64)
-        more = {"reduction": "add"} if b.opset >= 16 and b.chance(30) else {}
         updates = matching(b, dims)
         return str(b.emit("ScatterElements", x, indices, updates, axis=axis, **more))
     rows = b.rng.permutation(b.shape(x)[0])[: b.choose(1, b.shape(x)[0])]
     updates = matching(b, [len(rows), *b.shape(x)[1:]])
-    more = {"reduction": "add"} if b.opset >= 16 and b.chance(30) else {}
     return str(b.emit("ScatterND", x, b.constant(rows[:, None], np.int64), updates, **more))
 
 
@@ -1303,6 +1302,10 @@ def _finished(b: Builder, seed: int, longest: int) -> Example:
         outputs.reverse()
     model = _model(b, outputs)
     feeds = {name: b.values[name] for name in b.inputs}
+    try:
+        run(model, feeds)
+    except Exception:  # onnxruntime fails at some of what it makes of several nodes
+        raise Refused from None
     return Example(model, feeds, main, seed, b.batch, b.dtype, b.opset, tuple(b.steps))
 
 

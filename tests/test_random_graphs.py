@@ -160,7 +160,7 @@ def hold_slope(
 ) -> None:
     """⟨attribution, direction⟩ is the directional derivative, where there is one."""
     assert value.shape == point[name].shape, f"{name}: attribution of {value.shape}"
-    step = rng.standard_normal(value.shape)
+    step = np.asarray(rng.standard_normal(value.shape))
     exact = numeric.difference(oracle, point, {name: step}, cotangent)
     terms = value.astype(np.float64) * step
     if exact.bounded or exact.smooth:
@@ -223,7 +223,8 @@ def check_conservation(example: Example, tally: Tally) -> None:
     expected, base = numeric.run(source, point), numeric.run(source, placed)
     y, y_bar = (values[example.output].astype(np.float64) for values in (expected, base))
     change = y - y_bar
-    if not np.isfinite(change).all():
+    # A baseline may leave the domain of what is inside (a normalisation of equal numbers).
+    if not finite(example.model, placed):
         tally["differences left out"] += 1
         return
     sign = np.where(change == 0, 1.0, np.sign(change))
@@ -484,10 +485,10 @@ def summarize(tally: Tally) -> None:
     for key, count in sorted(tally.items()):
         print(f"{key}: {count}")
     directions = tally["directions"] + tally["directions left out"]
-    assert tally["directions left out"] <= 0.15 * directions
+    assert tally["directions left out"] <= 0.05 * directions + 2
     refused = sum(count for key, count in tally.items() if key.startswith("refused"))
     assert refused <= 0.05 * 3 * tally["examples"] + 2
-    assert tally["differences left out"] <= 0.02 * tally["examples"]
+    assert tally["differences left out"] <= 0.05 * tally["examples"] + 2
     rounded = sum(count for key, count in tally.items() if key.startswith("held in float64"))
     assert rounded <= 0.02 * tally["examples"] + 2
 

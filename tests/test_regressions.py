@@ -160,14 +160,15 @@ def test_a_kink_between_two_close_points(nodes: str, kink: float, name: str) -> 
 # -- types and shapes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+DTYPES: dict[str, Any] = {"float16": np.float16, "float": np.float32, "double": np.float64}
+
+
+@pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_layer_normalization_in_every_type(
-    rng: np.random.Generator, dtype: type, axis: int
-) -> None:
+def test_layer_normalization_in_every_type(rng: np.random.Generator, name: str, axis: int) -> None:
     """Its statistics are float32, whatever the input is."""
-    name = {np.float16: "float16", np.float32: "float", np.float64: "double"}[dtype]
-    dims = (3, 4)[axis + 1 if axis < 0 else 0 :] if axis == 1 else (4,)
+    dtype = DTYPES[name]
+    dims = (3, 4) if axis == 1 else (4,)
     model = text(
         f"""g ({name}[N, 3, 4] x) => ({name}[N, 3, 4] y) {{
         y = LayerNormalization <axis = {axis}, epsilon = 0.05> (x, scale, bias) }}""",
@@ -208,7 +209,7 @@ def test_attributes_that_became_inputs_have_the_type_of_the_data(
 ) -> None:
     """ONNX's converter makes them float32."""
     model = text(f"g ({name}[2] x) => ({name}[{size}] y) {{ y = {node} (x) }}", opset=9, ir=4)
-    dtype = {"float16": np.float16, "float": np.float32, "double": np.float64}[name]
+    dtype = DTYPES[name]
     numeric.check_gradient(model, {"x": normal(rng, 2, dtype=dtype)})
 
 
