@@ -570,7 +570,7 @@ def gemm(b: Builder) -> str:
         attributes |= {"alpha": 0.7, "beta": 1.3}
     if b.opset >= 11 and b.chance(30):
         return str(b.emit("Gemm", x, weight, **attributes))
-    shapes = [(out,), (1, out), (1,), (1, 1)] + ([] if b.batch else [(rows, 1), (rows, out), ()])
+    shapes = [(out,), (1, out), (1,), (1, 1)] + ([] if b.leads else [(rows, 1), (rows, out), ()])
     wanted = b.pick(shapes)
     biases = [n for n in b.pool if b.shape(n) == wanted] if not b.batch else []
     bias = b.pick(biases) if biases and b.chance(40) else b.constant(b.array(*wanted))

@@ -136,16 +136,21 @@ def oracle_of(model: ModelProto, output: str, point: numeric.Feeds) -> numeric.O
     The reference evaluator gives some old operators their newer meaning. ONNX's converter spells
     them out; what comes of it counts if onnxruntime computes the same from the model as it is.
     """
-    if model.opset_import[0].version < 14:
-        try:
-            newer = onnx.version_converter.convert_version(model, 21)
-            oracle = numeric.Oracle(newer, output, point)
-            expected, found = (numeric.run(m, point)[output] for m in (model, newer))
-            if not oracle.why and np.allclose(found, expected, 1e-3, 1e-3):
-                return oracle
-        except Exception:  # the converter raises bare RuntimeErrors
-            return numeric.Oracle(model, output, point)
-    return numeric.Oracle(model, output, point)
+    oracle = numeric.Oracle(model, output, point)
+    if model.opset_import[0].version >= 14:
+        return oracle
+    narrow = numeric.is_narrow(model)
+    if narrow:
+        # In 16 bits a wrong meaning may look right.
+        oracle.why = oracle.why or "an old opset in 16 bits"
+    try:
+        newer = onnx.version_converter.convert_version(model, 21)
+        second = numeric.Oracle(newer, output, point)
+        expected, found = (numeric.run(m, point)[output] for m in (model, newer))
+        loose = 2e-2 if narrow else 1e-4
+        return second if not second.why and np.allclose(found, expected, loose, loose) else oracle
+    except Exception:  # the converter raises bare RuntimeErrors
+        return oracle
 
 
 def hold_slope(
@@ -497,8 +502,9 @@ def test_fixed_examples() -> None:
     tally = Tally()
 
     @settings(
-        max_examples=60,
+        max_examples=120,
         derandomize=True,
+        phases=[Phase.generate],
         deadline=None,
         database=None,
         suppress_health_check=HEALTH,

@@ -157,6 +157,21 @@ def test_a_kink_between_two_close_points(nodes: str, kink: float, name: str) -> 
     np.testing.assert_allclose(found, y - y_bar, rtol=0, atol=close / 20)
 
 
+@pytest.mark.parametrize("node", ["y = Log (x)", "y = Pow (x, half)", "y = Pow (x, minus)"])
+def test_close_to_zero_where_the_slope_changes_fast(node: str) -> None:
+    """The mean of the slopes was taken for steps that are small, but not next to the argument."""
+    model = text(
+        f"""g (float[N] x) => (float[N] y) <float half = {{0.5}}, float minus = {{-0.7}}> {{
+        {node} }}"""
+    )
+    x = np.array([1e-3, 4e-3, 1e-4, 2e-3], np.float32)
+    base = np.array([4e-3, 1e-3, 3e-4, 1.9e-3], np.float32)
+    feeds = {"x": x, "x_baseline": base, "seed": np.ones(4, np.float32)}
+    found = explained(model, feeds, target="seed", baseline="input")["x_attribution"]
+    y, y_bar = (numeric.run(model, {"x": v})["y"] for v in (x, base))
+    np.testing.assert_allclose(found, y - y_bar, rtol=1e-3)
+
+
 # -- types and shapes ------------------------------------------------------------------------------
 
 

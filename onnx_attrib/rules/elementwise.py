@@ -75,7 +75,27 @@ row(
     secant=lambda s: s.op.Neg(s.op.Mul(s.y, ref(s).y)),
 )
 row("Exp", lambda s: s.y)
-row("Log", lambda s: s.op.Reciprocal(s.x()))
+
+
+def close_to_zero(slope: Slope) -> Slope:
+    """A secant of a function that bends ever more towards zero: steps are measured by z itself."""
+
+    def secant(s: Site) -> Tensor:
+        op, base = s.op, ref(s)
+        step = op.Sub(s.x(), base.x())
+        far = op.Greater(op.Abs(step), op.Mul(op.Abs(s.x()), s.tolerance(step)))
+        quotient = op.Div(op.Sub(s.y, base.y), step)
+        return op.Where(far, quotient, s.midpoint(slope(s), slope(base)))
+
+    return secant
+
+
+def log_slope(s: Site) -> Tensor:
+    """1 / z."""
+    return s.op.Reciprocal(s.x())
+
+
+row("Log", log_slope, secant=close_to_zero(log_slope))
 row("Abs", lambda s: s.op.Sign(s.x()), piecewise=True)
 row(
     "Erf",
@@ -160,7 +180,9 @@ def power_difference(s: Site, i: int) -> Tensor:
     closed = [op.Or(op.IsNaN(turn), op.IsInf(turn)) for turn in turns]
     one_way = op.Where(closed[0], ways[1], ways[0])
     change = op.Where(op.Or(*closed), one_way, s.midpoint(*ways))
-    far = op.Greater(op.Abs(step), s.tolerance(step))
+    # Towards zero a power bends ever more.
+    bound = op.Mul(op.Abs(s.x(0)), s.tolerance(step)) if i == 0 else s.tolerance(step)
+    far = op.Greater(op.Abs(step), bound)
     mean = s.midpoint(slope(here), slope(base))
     return op.Mul(s.m, op.Where(far, op.Div(change, step), mean))
 
@@ -169,12 +191,14 @@ def power_pull(s: Site, i: int) -> Tensor:
     return s.op.Mul(s.m, power_slope(s) if i == 0 else exponential_slope(s))
 
 
-row(
-    "Pow",
-    power_slope,
-    secant=lambda s: s.op.Add(s.x(), ref(s).x()) if exponent(s) == 2 else None,
-    broadcasts=True,
-)
+def power_secant(s: Site) -> Tensor:
+    """z + z̄ for a square, else the quotient."""
+    if exponent(s) == 2:
+        return s.op.Add(s.x(), ref(s).x())
+    return close_to_zero(power_slope)(s)
+
+
+row("Pow", power_slope, secant=power_secant, broadcasts=True)
 row("Pow", exponential_slope, operand=1, broadcasts=True)
 add(
     Composite(
