@@ -1,20 +1,22 @@
-"""``compile()``: a model in, a model with attributions out. The pipeline is the list at the end."""
+"""``compile()``: a model in, a model with attributions out. The pipeline is :func:`transform`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto
 
-from onnx_attrib.errors import CompileError, OptionError
-from onnx_attrib.job import Baseline, Job, Request, Target
-from onnx_attrib.methods import METHODS
+from onnx_attrib.errors import CompileError, OptionError, suggest
+from onnx_attrib.job import Baseline, Choice, Job, Request, Target, Targets
+from onnx_attrib.methods import METHODS, Method
 from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source, load
 from onnx_attrib.passes.cluster import cluster
+from onnx_attrib.passes.describe import describe
 from onnx_attrib.passes.differentiate import differentiate
 from onnx_attrib.passes.finalize import finalize
 from onnx_attrib.passes.integrate import integrate
@@ -27,14 +29,18 @@ from onnx_attrib.passes.scope import scope
 from onnx_attrib.passes.simplify import simplify
 from onnx_attrib.passes.target import target as choose_target
 
+Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
+"""One method, several, or several with options of their own."""
+
 
 def compile(
     model: Source,
-    method: str = "deeplift",
+    method: Methods = "deeplift",
     *,
     inputs: Sequence[str] | str | None = None,
     output: str | None = None,
     target: Target = "input",
+    targets: str | Sequence[int] | None = None,
     baseline: Baseline | str | os.PathLike[str] = "zeros",
     delta: bool = False,
     **method_options: Any,
@@ -43,7 +49,8 @@ def compile(
 
     Args:
         model: a path, the bytes of an .onnx file, or a ModelProto (left unchanged).
-        method: a name from :func:`onnx_attrib.methods`.
+        method: a name from :func:`onnx_attrib.methods`. Several names share one forward pass;
+            a mapping gives each its options.
         inputs: tensors to attribute to: graph inputs or any inner float tensors. Default: the
             float inputs that reach the output, else the outputs of the embeddings.
         output: the float tensor to explain. Default: the first float output.
@@ -52,17 +59,22 @@ def compile(
             the output holds one value a sample. ``"argmax"``: the largest entry of each sample.
             An integer or tuple: fixed. ``"seed"``: a graph input ``seed`` of the output's shape;
             S = Σ seed · output.
+        targets: several targets at once instead of one, for an output (N, C): ``"top3"``, the
+            three largest classes of each sample in falling order, or a list of classes. The
+            attributions get an axis for them after the batch's.
         baseline: x̄, for methods that have a reference: ``"zeros"``, a number, an array (or the
             path of an .npy or .npz), a mapping of arrays by tensor name, or ``"input"``: a graph
             input ``<name>_baseline`` (batch 1 or N) for each model input that feeds the
             attributed tensors.
         delta: add the output ``convergence_delta`` [N], Σ attribution − (S(x) − S(x̄)); only for
             methods that promise completeness.
-        **method_options: the method's options, see :func:`onnx_attrib.methods`.
+        **method_options: the method's options, see :func:`onnx_attrib.methods`. Of several
+            methods, those that have the option take it.
 
     Returns:
         A ModelProto (opset 21, IR 10) with the model's own inputs and outputs and an output
-        ``<T>_attribution`` of T's shape for each attributed tensor T.
+        ``<T>_attribution`` of T's shape for each attributed tensor T (``<T>_attribution_<method>``
+        for each of several methods).
 
     Raises:
         CompileError: and its subclasses ModelError (the file), OptionError (the request) and
@@ -74,6 +86,7 @@ def compile(
         inputs=inputs,
         output=output,
         target=target,
+        targets=targets,
         baseline=baseline,
         delta=delta,
         **method_options,
@@ -83,29 +96,33 @@ def compile(
 
 def prepare(
     model: Source,
-    method: str,
+    method: Methods,
     *,
     inputs: Sequence[str] | str | None = None,
     output: str | None = None,
     target: Target = "input",
+    targets: str | Sequence[int] | None = None,
     baseline: Baseline | str | os.PathLike[str] = "zeros",
     delta: bool = False,
     **method_options: Any,
 ) -> Job:
     """:func:`compile`, returning the finished job with its graph and notes."""
-    chosen = method_named(method)
-    if delta and not chosen.complete:
+    choices = chosen(method, method_options)
+    if delta and not any(choice.method.complete for choice in choices):
         complete = ", ".join(m.name for m in METHODS.values() if m.complete)
         raise OptionError(
-            f"method '{chosen.name}' does not promise to sum to the output difference; "
+            f"method '{choices[0].method.name}' does not promise to sum to the output difference; "
             f"delta is for: {complete}"
         )
+    several = _checked_targets(targets)
+    if several is not None and target != "input":
+        raise OptionError("give 'target' or 'targets', not both")
     request = Request(
-        method=chosen,
-        options=chosen.parse(method_options),
+        choices=choices,
         inputs=(inputs,) if isinstance(inputs, str) else None if inputs is None else tuple(inputs),
         output=output,
         target=_checked_target(target),
+        targets=several,
         baseline=_loaded_baseline(baseline),
         delta=delta,
         source="",
@@ -113,30 +130,61 @@ def prepare(
     return run(load(model), request)
 
 
+def chosen(method: Methods, options: Mapping[str, Any]) -> tuple[Choice, ...]:
+    """The methods asked for with their options; OptionError if one is unknown or named twice."""
+    if isinstance(method, str):
+        one = method_named(method)
+        return (Choice(one, one.parse(options)),)
+    own = method if isinstance(method, Mapping) else {name: {} for name in method}
+    found = {method_named(name): given for name, given in own.items()}
+    if not found or len(found) != len(method):
+        raise OptionError("no method was named" if not found else "a method is named twice")
+    spelled = {name.replace("-", "_"): value for name, value in options.items()}
+    for name in spelled:
+        if not any(name == option.name for one in found for option in one.options):
+            known = sorted({option.name for one in found for option in one.options})
+            raise OptionError(f"no method here has an option '{name}': {suggest(name, known)}")
+    return tuple(
+        Choice(one, one.parse({**{k: v for k, v in spelled.items() if one.has(k)}, **given}))
+        for one, given in found.items()
+    )
+
+
 def run(loaded: tuple[ModelProto, str], request: Request) -> Job:
-    """Normalize the model and apply the pipeline."""
+    """Normalize the model and apply the passes."""
     model, digest = loaded
-    job = Job(normalize(model), Request(**{**vars(request), "source": digest}))
-    for apply in pipeline(request):
-        apply(job)
+    request = replace(request, source=digest)
+    job = Job(normalize(model), request, request.choices[0])
+    transform(job)
     return job
 
 
-def pipeline(request: Request) -> list[Callable[[Job], None]]:
-    """The passes, in order."""
-    return [
-        lambda job: mark(job.graph),
-        scope,
-        choose_target,
-        reference,
-        cluster,
-        recognize,
-        report,
-        integrate if request.method.path else differentiate,
-        finalize,
-        lambda job: unmark(job.graph),
-        lambda job: simplify(job.graph),
-    ]
+def transform(job: Job) -> None:
+    """Apply the passes: once to the model, once for each method and target, once to the result."""
+    for apply in PREPARING:
+        apply(job)
+    for choice in job.request.choices:
+        part = job.explaining(choice)
+        for apply in COMPARING:
+            apply(part)
+        for seed in part.seeds:
+            part.seed = seed
+            _means(part.method)(part)
+        finalize(part)
+    for apply in FINISHING:
+        apply(job)
+
+
+def _means(method: Method) -> Pass:
+    """How the method comes to its attributions."""
+    return integrate if method.path else differentiate
+
+
+Pass = Callable[[Job], None]
+
+PREPARING: tuple[Pass, ...] = (mark, scope, choose_target)
+COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, report)
+FINISHING: tuple[Pass, ...] = (unmark, simplify, describe)
 
 
 def _checked_target(target: Any) -> Target:
@@ -151,6 +199,21 @@ def _checked_target(target: Any) -> Target:
     if isinstance(target, int | np.integer):
         return int(target)
     return tuple(int(i) for i in target)
+
+
+def _checked_targets(targets: Any) -> Targets | None:
+    if targets is None:
+        return None
+    if isinstance(targets, str):
+        count = targets.removeprefix("top")
+        if count == targets or not count.isdecimal() or int(count) < 1:
+            raise OptionError(f"targets '{targets}' is neither topK, like top3, nor a list")
+        return int(count)
+    if not all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in targets):
+        raise OptionError(f"targets {targets!r} are not whole numbers")
+    if not len(targets):
+        raise OptionError("targets is an empty list")
+    return tuple(int(k) for k in targets)
 
 
 def _loaded_baseline(baseline: Any) -> Baseline:

@@ -11,10 +11,10 @@ import onnx
 from onnx import ModelProto
 
 from onnx_attrib import rules
-from onnx_attrib.compiler import pipeline
+from onnx_attrib.compiler import transform
 from onnx_attrib.errors import CompileError, Offence, OptionError, UnsupportedOpError
 from onnx_attrib.ir import Graph, Node, Shape, Tensor, is_float
-from onnx_attrib.job import Cluster, Job, Request
+from onnx_attrib.job import Choice, Cluster, Job, Request
 from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source, load
 from onnx_attrib.passes.differentiate import active_inputs, flow, offence
@@ -146,17 +146,18 @@ def inspect(
         return report
     report.method = chosen.name
     graph = normalize(proto)
+    choice = Choice(chosen, chosen.parse({}))
     request = Request(
-        method=chosen,
-        options=chosen.parse({}),
+        choices=(choice,),
         inputs=None if inputs is None else tuple(inputs),
         output=output,
         target="input",
+        targets=None,
         baseline="zeros",
         delta=False,
         source=digest,
     )
-    _analyse(report, Job(graph, request))
+    _analyse(report, Job(graph, request, choice))
     return report
 
 
@@ -287,8 +288,7 @@ def _analyse(report: Inspection, job: Job) -> None:
     found = embeddings(graph, upstream)
 
     try:
-        for apply in pipeline(request):
-            apply(job)
+        transform(job)
     except UnsupportedOpError as error:
         known = {o.node for o in report.unsupported}
         report.unsupported += [o for o in error.offences if o.node not in known]
@@ -296,10 +296,11 @@ def _analyse(report: Inspection, job: Job) -> None:
         report.problem = str(error)
     report.notes = list(job.notes)
 
-    report.nonlinearities = _nonlinearities(path, job.clusters)
+    clusters = job.parts[0].clusters if job.parts else {}
+    report.nonlinearities = _nonlinearities(path, clusters)
     hidden = {output.name, report.squashed.before if report.squashed else ""}
     layers = [_layer(t, "embedding") for t in found]
-    layers += _layers(graph, path, consumers, job.clusters)
+    layers += _layers(graph, path, consumers, clusters)
     seen: set[str] = set()
     for layer in layers:
         if layer.name not in seen | hidden:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,22 +12,37 @@ from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values
 from onnx_attrib.methods.base import Method, Table
 
 Target = str | int | tuple[int, ...]
+Targets = int | tuple[int, ...]
+"""Several targets at once: the k largest classes, or fixed ones."""
 Baseline = str | float | np.ndarray | Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its options, checked."""
+
+    method: Method
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Request:
     """What the user asked for, checked but not yet held against a model."""
 
-    method: Method
-    options: Mapping[str, Any]
+    choices: tuple[Choice, ...]
     inputs: tuple[str, ...] | None
     output: str | None
     target: Target
+    targets: Targets | None
     baseline: Baseline
     delta: bool
     source: str
     """SHA-256 of the source model."""
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether any method needs derivatives."""
+        return any(choice.method.differentiates for choice in self.choices)
 
 
 @dataclass
@@ -69,28 +84,63 @@ class Cluster:
 
 @dataclass
 class Job:
-    """A compilation in progress; each pass fills in its part."""
+    """A compilation in progress; each pass fills in its part.
+
+    Scope, seeds and what the user is told are shared by all methods; :meth:`explaining` gives the
+    job of one method, and ``seed`` is the one that it explains at the moment.
+    """
 
     graph: Graph
     request: Request
+    choice: Choice
     scope: Scope = field(init=False)
     seed: Tensor = field(init=False)
+    seeds: list[Tensor] = field(default_factory=list)
+    """One for each target."""
+    placed: dict[str, Tensor] = field(default_factory=dict)
+    """Baselines that are inputs of the compiled model, by the name of what they replace."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know about the result (shown by the command line)."""
     baselines: dict[str, Tensor] = field(default_factory=dict)
     """The reference value of each attributed tensor, by name."""
     reference: Values | None = None
     reference_dims: dict[str, Dim] = field(default_factory=dict)
     clusters: dict[str, Cluster] = field(default_factory=dict)
-    multipliers: dict[str, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    """What the user should know about the result (shown by the command line)."""
+    parts: list[Job] = field(default_factory=list)
+    """The jobs of the methods."""
+    attributions: list[dict[str, Tensor]] = field(default_factory=list)
+    """For each seed so far, the attribution of each attributed tensor by name."""
+
+    def explaining(self, choice: Choice) -> Job:
+        """A job of its own for one method."""
+        part = Job(self.graph, self.request, choice)
+        part.scope, part.seeds = self.scope, self.seeds
+        part.placed, part.notes = self.placed, self.notes
+        self.parts.append(part)
+        return part
 
     @property
     def method(self) -> Method:
-        return self.request.method
+        return self.choice.method
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self.choice.options
 
     @property
     def table(self) -> Table:
-        return self.method.table(self.request.options)
+        return self.method.table(self.options)
+
+    def attribute(self, multipliers: Mapping[str, Tensor]) -> None:
+        """Enter what the method reports of the multipliers of the attributed tensors."""
+        self.attributions.append(
+            {
+                t.name: self.method.attribution(
+                    self.graph.op, multipliers[t.name], t, self.baselines.get(t.name)
+                )
+                for t in self.scope.inputs
+            }
+        )
 
 
-__all__ = ["Baseline", "Cluster", "Job", "Request", "Scope", "Sequence", "Target"]
+__all__ = ["Baseline", "Choice", "Cluster", "Job", "Request", "Scope", "Target", "Targets"]

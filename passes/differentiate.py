@@ -1,7 +1,7 @@
 """The reverse sweep: from the seed back to the attributed tensors, one rule a node.
 
 Precondition: the job has a scope, a seed and, if the method compares, values at the reference.
-Postcondition: ``job.multipliers`` maps each attributed tensor's name to its multiplier.
+Postcondition: ``job.attributions`` has one entry more, the attributions for ``job.seed``.
 """
 
 from __future__ import annotations
@@ -23,21 +23,37 @@ from onnx_attrib.rules.broadcast import expand, is_full, refine, same_shape, unb
 
 
 def differentiate(job: Job) -> None:
-    """Sweep once over the model's own values (methods without a path)."""
-    reference = job.reference if job.method.compares else None
-    clusters = job.clusters if job.method.clusters else {}
-    sweep = Sweep(
+    """Sweep once over the model's own values."""
+    scope = job.scope
+    found = sweep_of(job).run(scope.nodes, scope.active, starts(job), scope.names)
+    job.attribute({t.name: full(job.graph, found[t.name], t) for t in scope.inputs})
+
+
+def sweep_of(job: Job, at: Values | None = None) -> Sweep:
+    """The method's sweep over the model's own values, or over those that ``at`` gives."""
+    return Sweep(
         job.graph,
         job.table,
-        Values(),
-        reference,
-        clusters,
+        Values() if at is None else at,
+        job.reference if job.method.compares else None,
+        job.clusters,
         job.reference_dims,
         job.notes,
         job.method.clusters,
     )
-    seeds = {job.scope.output.name: job.seed}
-    job.multipliers = sweep.run(job.scope.nodes, job.scope.active, seeds, job.scope.names)
+
+
+def starts(job: Job) -> dict[str, Tensor]:
+    """What a sweep of the method starts from: the seed, or the seeded value of the output."""
+    output, start = job.scope.output, job.seed
+    if job.method.starts == "value":
+        start = job.graph.op.Mul(job.seed, output)
+    return {output.name: start}
+
+
+def full(graph: Graph, m: Tensor, like: Tensor) -> Tensor:
+    """A multiplier in the full shape of its tensor."""
+    return m if is_full(graph, m, like) else graph.op.Expand(m, graph.op.Shape(like))
 
 
 @dataclass
@@ -326,4 +342,14 @@ def _stand_in(cluster: Cluster) -> Node:
     return node
 
 
-__all__ = ["Sweep", "active_inputs", "check_rules", "differentiate", "flow", "is_full", "offence"]
+__all__ = [
+    "Sweep",
+    "active_inputs",
+    "check_rules",
+    "differentiate",
+    "flow",
+    "full",
+    "offence",
+    "starts",
+    "sweep_of",
+]

@@ -1,53 +1,57 @@
-"""Turn multipliers into attributions and add them to the model's outputs.
+"""Add attributions to the model's outputs.
 
-Precondition: multipliers for the attributed tensors. Postcondition: one output
-``<T>_attribution`` for each, of T's shape; ``convergence_delta`` [N] if asked for; metadata that
-says how the model was made.
+Precondition: one entry of ``job.attributions`` for each seed. Postcondition: one output
+``<T>_attribution`` for each attributed tensor T, of T's shape, or with an axis for the targets
+after the batch's if several were asked for; ``convergence_delta`` [N] (or [N, targets]) if asked
+for. Where there are several methods, the names end in ``_<method>``.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 
 import numpy as np
 
 from onnx_attrib.errors import OptionError
 from onnx_attrib.ir import Graph, Tensor, is_narrow
 from onnx_attrib.job import Job
-from onnx_attrib.rules.broadcast import is_full
-from onnx_attrib.version import VERSION
 
 
 def finalize(job: Job) -> None:
-    """Emit attributions, the completeness residual and metadata."""
-    graph, method = job.graph, job.method
-    attributions = []
+    """Emit the outputs of one method."""
+    several = job.request.targets is not None
+    suffix = f"_{job.method.name}" if len(job.request.choices) > 1 else ""
     for tensor in job.scope.inputs:
-        m = _full(graph, job.multipliers[tensor.name], tensor)
-        value = method.attribution(graph.op, m, tensor, job.baselines.get(tensor.name))
-        attributions.append(_output(graph, value, f"{tensor.name}_attribution", tensor))
-    if job.request.delta:
-        _output(graph, _residual(job, attributions), "convergence_delta", None)
-    graph.set_metadata(_metadata(job))
+        values = [one[tensor.name] for one in job.attributions]
+        if any(value.shape is None for value in values):
+            raise OptionError(f"the rank of '{tensor.name}' is unknown: it cannot be an output")
+        value = _stacked(job.graph, values) if several else values[0]
+        _output(job.graph, value, f"{tensor.name}_attribution{suffix}")
+    if job.request.delta and job.method.complete:
+        residuals = [
+            _residual(job, seed, one) for seed, one in zip(job.seeds, job.attributions, strict=True)
+        ]
+        value = _stacked(job.graph, residuals) if several else residuals[0]
+        _output(job.graph, value, f"convergence_delta{suffix}")
 
 
-def _full(graph: Graph, m: Tensor, like: Tensor) -> Tensor:
-    return m if is_full(graph, m, like) else graph.op.Expand(m, graph.op.Shape(like))
+def _stacked(graph: Graph, values: list[Tensor]) -> Tensor:
+    """[N, …] for each target → [N, targets, …]."""
+    shape = graph.shape(values[0]) or ()
+    stacked = graph.op.Concat(*(graph.op.Unsqueeze(v, [1]) for v in values), axis=1)
+    stacked.shape = [*shape[:1], len(values), *shape[1:]]
+    return stacked
 
 
-def _output(graph: Graph, value: Tensor, name: str, like: Tensor | None) -> Tensor:
+def _output(graph: Graph, value: Tensor, name: str) -> None:
     if graph.find(name) is not None:
         raise OptionError(f"the model already has a tensor named '{name}'")
     named = graph.emit("Identity", value, stem=name)
-    if like is not None:
-        if like.shape is None:
-            raise OptionError(f"the rank of '{like.name}' is unknown: it cannot be an output")
-        named.shape = list(like.shape)
+    named.shape = value.shape
     graph.outputs.append(named)
-    return named
 
 
-def _residual(job: Job, attributions: list[Tensor]) -> Tensor:
+def _residual(job: Job, seed: Tensor, attributions: Mapping[str, Tensor]) -> Tensor:
     """Σ attribution − (S(x) − S(x̄)) for each sample, shape [N].
 
     Where inputs and output do not lead with the same samples, one sum for all, shape [1].
@@ -58,14 +62,10 @@ def _residual(job: Job, attributions: list[Tensor]) -> Tensor:
     inner = {t.name for node in job.scope.dependent for t in node.outputs}
     difference = op.Sub(output, job.reference(output))
     # What an attributed tensor is computed from is counted through that tensor.
-    counted = [
-        attribution
-        for tensor, attribution in zip(job.scope.inputs, attributions, strict=True)
-        if tensor.name not in inner
-    ]
+    counted = [attributions[name] for name in job.scope.names if name not in inner]
     change, *parts = _aligned(
         graph,
-        [_per_sample(job, t) for t in (op.Mul(job.seed, difference), *counted)],
+        [_per_sample(job, t) for t in (op.Mul(seed, difference), *counted)],
     )
     total = parts[0]
     for part in parts[1:]:
@@ -105,25 +105,3 @@ def _per_sample(job: Job, tensor: Tensor) -> Tensor:
         order = [axis, *(k for k in range(len(shape)) if k != axis)]
         tensor = graph.op.Transpose(tensor, perm=order)
     return graph.op.ReduceSum(graph.op.Flatten(tensor, axis=1), [1], keepdims=0)
-
-
-def _metadata(job: Job) -> dict[str, str]:
-    request = job.request
-    baseline: object = None
-    if request.method.needs_reference:
-        given = request.baseline
-        if isinstance(given, np.ndarray) and given.ndim == 0:
-            given = float(given)
-        baseline = given if isinstance(given, str | int | float) else "array"
-    values = {
-        "version": VERSION,
-        "method": request.method.name,
-        "options": json.dumps(request.options),
-        "output": job.scope.output.name,
-        "output_shape": json.dumps(job.graph.shape(job.scope.output)),
-        "inputs": json.dumps(job.scope.names),
-        "target": json.dumps(request.target),
-        "baseline": json.dumps(baseline),
-        "source_sha256": request.source,
-    }
-    return {f"onnx_attrib.{key}": value for key, value in values.items()}

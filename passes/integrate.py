@@ -4,7 +4,8 @@ Groups of points are evaluated together, stacked along the batch axis; a Loop go
 groups, so memory is bounded by one group. A model whose batch cannot be stacked (a fixed batch,
 or one mixed with other axes) is evaluated one point at a time.
 
-Precondition: scope, seed and baselines. Postcondition: ``job.multipliers`` holds the averages.
+Precondition: scope, seed and baselines. Postcondition: ``job.attributions`` has one entry more,
+made of the averages.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from onnx_attrib.ir import Dim, Graph, Tensor, static
 from onnx_attrib.job import Job
 from onnx_attrib.methods.base import Path
-from onnx_attrib.passes.differentiate import Sweep
+from onnx_attrib.passes.differentiate import Sweep, full
 from onnx_attrib.passes.reference import (
     batch_symbol,
     captured,
@@ -23,7 +24,6 @@ from onnx_attrib.passes.reference import (
     outermost,
 )
 from onnx_attrib.passes.simplify import share
-from onnx_attrib.rules.broadcast import is_full
 
 
 def integrate(job: Job) -> None:
@@ -31,13 +31,13 @@ def integrate(job: Job) -> None:
     if job.method.path is None:
         raise LookupError(f"method '{job.method.name}' has no path")
     graph, op = job.graph, job.graph.op
-    path = job.method.path(job.request.options)
+    path = job.method.path(job.options)
     batch = _stackable(job)
     groups = len(path.points) if batch is None else -(-len(path.points) // path.chunk)
     table = _grouped(path, groups, graph.dtype(job.scope.inputs[0]))
     if groups == 1:
         points, weights = (graph.constant(row) for row in table[0])
-        job.multipliers = _weighted(job, points, weights, batch)
+        job.attribute(_weighted(job, points, weights, batch))
         return
     start = [_zeros(graph, t) for t in job.scope.inputs]
     number = graph.variable(graph.fresh("attrib/iteration"), np.int64, ())
@@ -59,11 +59,13 @@ def integrate(job: Job) -> None:
     nodes = share(graph, graph.in_order(nodes), {t.name for t in results})
     body = graph.subgraph("path", nodes, [number, go_on, *carried], results)
     totals = op.Loop(graph.constant(groups, np.int64), None, *start, body=body, outputs=len(start))
+    multipliers = {}
     for tensor, total in zip(
         job.scope.inputs, totals if isinstance(totals, tuple) else (totals,), strict=True
     ):
         total.dtype, total.shape = tensor.dtype, tensor.shape
-        job.multipliers[tensor.name] = total
+        multipliers[tensor.name] = total
+    job.attribute(multipliers)
 
 
 def _grouped(path: Path, groups: int, dtype: np.dtype) -> np.ndarray:
@@ -109,9 +111,7 @@ def _weighted(job: Job, points: Tensor, weights: Tensor, batch: str | None) -> d
     result = {}
     for tensor in scope.inputs:
         m, here = multipliers[tensor.name], values(tensor)
-        if not is_full(graph, m, here):
-            m = op.Expand(m, op.Shape(here))
-        rows = op.Reshape(m, [size, -1])
+        rows = op.Reshape(full(graph, m, here), [size, -1])
         total = op.MatMul(op.Unsqueeze(weights, [0]), rows)
         total = op.Reshape(total, op.Shape(tensor))
         total.shape = tensor.shape

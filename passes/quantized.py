@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
 from onnx_attrib.ir import Graph, Node, Tensor, annotate, is_float, spelled_out
+from onnx_attrib.job import Job
 from onnx_attrib.rules.quantization import SOURCE, STRAIGHT_THROUGH
 
 # Operators that give out entries of their first input, whatever these stand for.
@@ -31,8 +32,9 @@ _MOVES = frozenset(
 )
 
 
-def mark(graph: Graph) -> None:
+def mark(job: Job) -> None:
     """Find what stands behind integers, and say so at the operators that turn them back."""
+    graph = job.graph
     if not any(node.op == "QuantizeLinear" for node in graph.nodes):
         return
     graph.sort()
@@ -42,9 +44,9 @@ def mark(graph: Graph) -> None:
     graph.sort()
 
 
-def unmark(graph: Graph) -> None:
+def unmark(job: Job) -> None:
     """Restore the operators that ``mark`` changed, and their copies."""
-    spelled_out(graph.nodes)
+    spelled_out(job.graph.nodes)
 
 
 def leaks(graph: Graph, nodes: Sequence[Node], active: set[str]) -> list[Node]:

@@ -34,7 +34,7 @@ def reference(job: Job) -> None:
     shared = batch is not None and _can_share(graph, sources, region, batch)
     dims: dict[str, Dim] = {batch: 1} if shared and batch is not None else {}
     if at_run_time:
-        placed = {t.name: _input(graph, t, shared) for t in sources}
+        placed = {t.name: _input(job, t, shared) for t in sources}
     else:
         arrays = _arrays(graph, sources, baseline)
         placed = {t.name: _constant(graph, t, arrays[t.name], shared) for t in sources}
@@ -270,9 +270,12 @@ def _constant(graph: Graph, tensor: Tensor, value: np.ndarray, shared: bool) -> 
     return placed
 
 
-def _input(graph: Graph, tensor: Tensor, shared: bool) -> Tensor:
-    """A graph input for the baseline: batch 1 or that of ``tensor``."""
+def _input(job: Job, tensor: Tensor, shared: bool) -> Tensor:
+    """A graph input for the baseline: batch 1 or that of ``tensor``; one for all methods."""
+    graph = job.graph
     name, shape = f"{tensor.name}_baseline", graph.shape(tensor)
+    if tensor.name in job.placed:
+        return job.placed[tensor.name]
     if graph.find(name) is not None:
         raise OptionError(f"the model already has a tensor named '{name}'; use a fixed baseline")
     declared = shape
@@ -287,4 +290,5 @@ def _input(graph: Graph, tensor: Tensor, shared: bool) -> Tensor:
     else:
         placed = graph.op.Expand(given, graph.op.Shape(tensor))
         placed.shape = None if shape is None else list(shape)
+    job.placed[tensor.name] = placed
     return placed

@@ -1,7 +1,8 @@
 """Find what lies between the attributed tensors and the explained output.
 
-Precondition: a normalized graph. Postcondition: ``job.scope`` is set; every node on a
-differentiable path has a rule; at least one path exists from each attributed tensor.
+Precondition: a normalized graph. Postcondition: ``job.scope`` is set; for methods that need
+derivatives every node on a differentiable path has a rule, and at least one path exists from each
+attributed tensor.
 Raises OptionError for names that do not exist or fit, UnsupportedOpError with all nodes that no
 rule covers, CompileError when the output does not depend on what is to be attributed.
 """
@@ -27,13 +28,25 @@ def scope(job: Job) -> None:
     output = explained_output(graph, job.request.output)
     upstream = ancestors(graph, output)
     inputs = attributed_tensors(graph, job.request.inputs, upstream)
-    for tensor in inputs:
-        _check_reach(graph, tensor, output, upstream)
-
     names = {tensor.name for tensor in inputs}
-    active = flow(upstream, names)
+    dependent, changing = [], set(names)
+    for node in upstream:
+        if any(t.name in changing for t in graph.uses(node)):
+            dependent.append(node)
+            changing.update(t.name for t in node.outputs if t.name)
+    shape = graph.shape(output)
+    job.scope = Scope(inputs, output, [], set(), dependent, shape[0] if shape else None)
+    for tensor in inputs:
+        _check_reach(graph, tensor, output, upstream, job.request.differentiates)
+    if job.request.differentiates:
+        _trace(graph, job.scope, upstream)
+
+
+def _trace(graph: Graph, scope: Scope, upstream: Sequence[Node]) -> None:
+    """Fill in the differentiable paths; every node on them must have a rule."""
+    active = flow(upstream, set(scope.names))
     # Only what also leads to the output: walk back from it over active tensors.
-    nodes, needed = [], {output.name}
+    nodes, needed = [], {scope.output.name}
     for node in reversed(upstream):
         if any(t.name in needed for t in node.outputs):
             indices = active_inputs(node, active)
@@ -43,14 +56,7 @@ def scope(job: Job) -> None:
     nodes.reverse()
     check_rules(graph, nodes)
     _check_integers(graph, upstream, active)
-    dependent, changing = [], set(names)
-    for node in upstream:
-        if any(t.name in changing for t in graph.uses(node)):
-            dependent.append(node)
-            changing.update(t.name for t in node.outputs if t.name)
-    shape = graph.shape(output)
-    batch = shape[0] if shape else None
-    job.scope = Scope(inputs, output, nodes, active & needed, dependent, batch)
+    scope.nodes, scope.active = nodes, active & needed
 
 
 def explained_output(graph: Graph, name: str | None) -> Tensor:
@@ -149,7 +155,9 @@ def _float_tensor(graph: Graph, name: str, role: str) -> Tensor:
     return tensor
 
 
-def _check_reach(graph: Graph, tensor: Tensor, output: Tensor, upstream: list[Node]) -> None:
+def _check_reach(
+    graph: Graph, tensor: Tensor, output: Tensor, upstream: Sequence[Node], differentiates: bool
+) -> None:
     if tensor.name == output.name:
         raise OptionError(f"tensor '{tensor.name}' is the explained output itself")
     carried = flow(upstream, {tensor.name})
@@ -164,6 +172,8 @@ def _check_reach(graph: Graph, tensor: Tensor, output: Tensor, upstream: list[No
             cut.append(node)
     if output.name not in changing:
         raise CompileError(f"output '{output.name}' does not depend on '{tensor.name}'")
+    if not differentiates:
+        return
     where = ", ".join(f"{node.op} '{node.name or node.outputs[0].name}'" for node in cut[:5])
     raise CompileError(
         f"no derivative flows from output '{output.name}' to '{tensor.name}': every path is cut "

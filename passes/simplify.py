@@ -19,10 +19,12 @@ import numpy as np
 from onnx import NodeProto
 
 from onnx_attrib.ir import Graph, Node, Tensor, subgraphs
+from onnx_attrib.job import Job
 
 
-def simplify(graph: Graph) -> None:
+def simplify(job: Job) -> None:
     """Sort, share, prune."""
+    graph = job.graph
     pad_all_axes(graph)
     graph.sort()
     shared = share(graph, graph.nodes, {t.name for t in graph.outputs})

@@ -1,6 +1,7 @@
 """Say what is explained: the seed cotangent of the output.
 
-Precondition: scope. Postcondition: ``job.seed`` has the output's shape; S = Σ seed · output.
+Precondition: scope. Postcondition: ``job.seeds`` holds one seed of the output's shape for each
+target; S = Σ seed · output.
 Raises OptionError for a target that the output cannot have.
 """
 
@@ -10,18 +11,45 @@ import numpy as np
 
 from onnx_attrib.errors import OptionError
 from onnx_attrib.ir import Graph, Tensor, static
-from onnx_attrib.job import Job
+from onnx_attrib.job import Job, Targets
 
 
 def target(job: Job) -> None:
     """Add the input ``target`` or ``seed``, or fix the choice at compile time."""
+    if job.request.targets is None:
+        job.seeds.append(_seed(job))
+    else:
+        job.seeds.extend(_several(job, job.request.targets))
+
+
+def _several(job: Job, wanted: Targets) -> list[Tensor]:
+    """A seed for each of the k largest classes, in falling order, or of the given ones."""
+    graph, op, output = job.graph, job.graph.op, job.scope.output
+    shape = graph.shape(output)
+    if shape is None or len(shape) != 2:
+        raise OptionError(
+            f"several targets are for an output [N, classes]; '{output.name}' is not one"
+        )
+    if not isinstance(wanted, int):
+        return [
+            _one_hot(graph, output, graph.constant(_fixed(job, k, shape)[:, None], np.int64))
+            for k in wanted
+        ]
+    if isinstance(shape[1], int) and wanted > shape[1]:
+        raise OptionError(f"top{wanted} of the {shape[1]} classes of output '{output.name}'")
+    _, ranked = op.TopK(output, [wanted], axis=1, outputs=2)
+    ranked.shape = [shape[0], wanted]
+    return [_one_hot(graph, output, op.Slice(ranked, [k], [k + 1], [1])) for k in range(wanted)]
+
+
+def _seed(job: Job) -> Tensor:
     graph, output, wanted = job.graph, job.scope.output, job.request.target
     shape = graph.shape(output)
     if wanted == "seed":
         _free(graph, "seed")
-        job.seed = graph.variable("seed", output.dtype, shape)
-        graph.inputs.append(job.seed)
-        return
+        seed = graph.variable("seed", output.dtype, shape)
+        graph.inputs.append(seed)
+        return seed
     if shape is None:
         raise OptionError(
             f"the rank of output '{output.name}' is unknown; only target='seed' can explain it"
@@ -32,11 +60,9 @@ def target(job: Job) -> None:
             raise OptionError(
                 f"output '{output.name}' holds one value a sample: it has no target {wanted}"
             )
-        job.seed = _ones(graph, output)
-        return
+        return _ones(graph, output)
     if wanted == "argmax":
-        job.seed = _largest(graph, output)
-        return
+        return _largest(graph, output)
     if wanted == "input":
         _free(graph, "target")
         batch = shape[0]
@@ -45,7 +71,7 @@ def target(job: Job) -> None:
         graph.inputs.append(index)
     else:
         index = graph.constant(_fixed(job, wanted, shape), np.int64)
-    job.seed = _one_hot(graph, output, index if rank > 2 else graph.op.Unsqueeze(index, [-1]))
+    return _one_hot(graph, output, index if rank > 2 else graph.op.Unsqueeze(index, [-1]))
 
 
 def _free(graph: Graph, name: str) -> None:

@@ -103,7 +103,7 @@ def test_compile_tells_of_probabilities(small: Path) -> None:
 def test_compile_json(small: Path) -> None:
     arguments = ["--method", "integrated-gradients", "--option", "steps=7", "--delta", "--json"]
     report = json.loads(succeeds("compile", small, *arguments))
-    assert report["options"]["steps"] == 7
+    assert report["methods"]["integrated-gradients"]["steps"] == 7
     assert report["attributed"] == ["x"]
     assert [o["name"] for o in report["outputs"]] == [
         "probs",

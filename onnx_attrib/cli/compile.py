@@ -147,8 +147,7 @@ def _report(
         "files": [str(path) for path in files],
         "bytes": sum(path.stat().st_size for path in files),
         "seconds": round(seconds, 3),
-        "method": request.method.name,
-        "options": dict(request.options),
+        "methods": {c.method.name: dict(c.options) for c in request.choices},
         "output": job.scope.output.name,
         "attributed": job.scope.names,
         "target": list(target) if isinstance(target, tuple) else target,
@@ -172,9 +171,9 @@ def _summary(job: Job, files: list[Path], notes: list[str], seconds: float) -> s
     graph, request = job.graph, job.request
     size = show_bytes(sum(path.stat().st_size for path in files))
     described = [
-        (
-            "method",
-            " ".join([request.method.name, *(f"{k}={v}" for k, v in request.options.items())]),
+        *(
+            ("method", " ".join([c.method.name, *(f"{k}={v}" for k, v in c.options.items())]))
+            for c in request.choices
         ),
         ("explains", f"{_named(job.scope.output)}, {_target(job)}"),
         ("attributes", ", ".join(_named(tensor) for tensor in job.scope.inputs)),

@@ -95,9 +95,10 @@ class Method:
     is reported, from multiplier, value and reference (None without one). ``needs_reference``:
     the attribution uses x̄. ``compares``: rules compare the model's values at x and x̄.
     ``complete``: attributions sum to S(x) − S(x̄). ``path(options)``: evaluate multipliers at
-    several points and average. ``clusters``: what counts as one nonlinearity: each operator, also
-    single-variable ``regions`` where paths meet again, or also ``chains`` of nonlinearities.
-    ``signed``: attributions can be negative.
+    several points and average. ``starts``: sweeps begin at the seed, or at the seeded value of
+    the output. ``differentiates``: the method needs a differentiable path. ``clusters``: what
+    counts as one nonlinearity: each operator, also single-variable ``regions`` where paths meet
+    again, or also ``chains`` of nonlinearities. ``signed``: attributions can be negative.
     """
 
     name: str
@@ -112,7 +113,13 @@ class Method:
     complete: bool = False
     clusters: Literal["", "regions", "chains"] = ""
     signed: bool = True
+    starts: Literal["seed", "value"] = "seed"
+    differentiates: bool = True
     path: Callable[[Options], Path] | None = None
+
+    def has(self, name: str) -> bool:
+        """Whether the method has an option of that name."""
+        return any(option.name == name for option in self.options)
 
     def parse(self, given: Options) -> dict[str, Any]:
         """Fill in defaults and check values; raises OptionError on unknown names or bad values."""
