@@ -20,7 +20,9 @@ from onnx_attrib.passes.describe import describe
 from onnx_attrib.passes.differentiate import differentiate
 from onnx_attrib.passes.finalize import finalize
 from onnx_attrib.passes.integrate import integrate
+from onnx_attrib.passes.merge import merge
 from onnx_attrib.passes.normalize import normalize
+from onnx_attrib.passes.postprocess import postprocess
 from onnx_attrib.passes.quantized import mark, unmark
 from onnx_attrib.passes.recognize import recognize
 from onnx_attrib.passes.reference import reference
@@ -31,6 +33,9 @@ from onnx_attrib.passes.target import target as choose_target
 
 Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 """One method, several, or several with options of their own."""
+AXES, REDUCTIONS = ("channels", "last"), ("sum", "abs-max", "l2")
+Reduce = str | Mapping[str | int, str]
+"""``"AXIS=HOW"``, or how by axis."""
 
 
 def compile(
@@ -43,6 +48,8 @@ def compile(
     targets: str | Sequence[int] | None = None,
     baseline: Baseline | str | os.PathLike[str] = "zeros",
     delta: bool = False,
+    reduce: Reduce | None = None,
+    normalize: bool = False,
     **method_options: Any,
 ) -> ModelProto:
     """Compile a model into one graph that computes its outputs and their attribution.
@@ -68,6 +75,12 @@ def compile(
             attributed tensors.
         delta: add the output ``convergence_delta`` [N], Σ attribution − (S(x) − S(x̄)); only for
             methods that promise completeness.
+        reduce: reduce an axis of the attribution, which stays with size 1: ``{axis: how}`` or
+            ``"AXIS=HOW"``. Axis: ``"channels"`` (axis 1 of three or more), ``"last"`` (that of an
+            embedding), or a number from 1, the targets' axis not counted. How: ``"sum"``,
+            ``"abs-max"`` (max |a|) or ``"l2"`` (√Σ a²). The delta is that of the whole attribution.
+        normalize: divide each sample's attribution (of each target) by its largest |a|, after
+            reducing; zeros stay zeros.
         **method_options: the method's options, see :func:`onnx_attrib.methods`. Of several
             methods, those that have the option take it.
 
@@ -89,6 +102,8 @@ def compile(
         targets=targets,
         baseline=baseline,
         delta=delta,
+        reduce=reduce,
+        normalize=normalize,
         **method_options,
     )
     return job.graph.to_proto()
@@ -104,6 +119,8 @@ def prepare(
     targets: str | Sequence[int] | None = None,
     baseline: Baseline | str | os.PathLike[str] = "zeros",
     delta: bool = False,
+    reduce: Reduce | None = None,
+    normalize: bool = False,
     **method_options: Any,
 ) -> Job:
     """:func:`compile`, returning the finished job with its graph and notes."""
@@ -126,6 +143,8 @@ def prepare(
         baseline=_loaded_baseline(baseline),
         delta=delta,
         source="",
+        reduce=_checked_reduce(reduce),
+        normalize=bool(normalize),
     )
     return run(load(model), request)
 
@@ -141,7 +160,7 @@ def chosen(method: Methods, options: Mapping[str, Any]) -> tuple[Choice, ...]:
         raise OptionError("no method was named" if not found else "a method is named twice")
     spelled = {name.replace("-", "_"): value for name, value in options.items()}
     for name in spelled:
-        if not any(name == option.name for one in found for option in one.options):
+        if not any(one.has(name) for one in found):
             known = sorted({option.name for one in found for option in one.options})
             raise OptionError(f"no method here has an option '{name}': {suggest(name, known)}")
     return tuple(
@@ -170,6 +189,7 @@ def transform(job: Job) -> None:
         for seed in part.seeds:
             part.seed = seed
             _means(part.method)(part)
+        postprocess(part)
         finalize(part)
     for apply in FINISHING:
         apply(job)
@@ -183,7 +203,7 @@ def _means(method: Method) -> Pass:
 Pass = Callable[[Job], None]
 
 PREPARING: tuple[Pass, ...] = (mark, scope, choose_target)
-COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, report)
+COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, merge, report)
 FINISHING: tuple[Pass, ...] = (unmark, simplify, describe)
 
 
@@ -214,6 +234,36 @@ def _checked_targets(targets: Any) -> Targets | None:
     if not len(targets):
         raise OptionError("targets is an empty list")
     return tuple(int(k) for k in targets)
+
+
+def _checked_reduce(reduce: Any) -> dict[str | int, str]:
+    if reduce is None:
+        return {}
+    if isinstance(reduce, str):
+        axis, separator, how = reduce.partition("=")
+        if not separator:
+            raise OptionError(f"reduce '{reduce}' is not of the form AXIS=HOW")
+        reduce = {axis.strip(): how.strip()}
+    if not isinstance(reduce, Mapping):
+        raise OptionError(f"reduce {reduce!r} is neither AXIS=HOW nor a mapping of axes")
+    found: dict[str | int, str] = {}
+    for axis, how in reduce.items():
+        spelled = str(how).lower().replace("_", "-")
+        if spelled not in REDUCTIONS:
+            raise OptionError(f"unknown reduction '{how}': {suggest(spelled, REDUCTIONS)}")
+        found[_checked_axis(axis)] = spelled
+    return found
+
+
+def _checked_axis(axis: Any) -> str | int:
+    if axis in AXES:
+        return str(axis)
+    number = int(axis) if str(axis).isdecimal() else 0
+    if number < 1:
+        raise OptionError(
+            f"there is no axis '{axis}' to reduce: {suggest(str(axis), AXES)} (or a number from 1)"
+        )
+    return number
 
 
 def _loaded_baseline(baseline: Any) -> Baseline:

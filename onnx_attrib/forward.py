@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto
 from onnx_attrib.errors import CompileError
 from onnx_attrib.feeds import Array, line
 from onnx_attrib.ir import captured_names, subgraphs
+from onnx_attrib.recipe import Recipe
 from onnx_attrib.session import open_session
 
 
@@ -48,7 +49,7 @@ class Forward:
 def excerpt(model: ModelProto, outputs: Sequence[str], cut: Sequence[str] = ()) -> ModelProto:
     """The part of a compiled model that computes ``outputs``, where ``cut`` tensors are given.
 
-    ``cut`` holds attributed tensors only: the model's own outputs tell their types.
+    ``cut`` holds attributed tensors only: the outputs of their attributions tell their types.
     """
     graph = model.graph
     needed, nodes = set(outputs), []
@@ -64,16 +65,30 @@ def excerpt(model: ModelProto, outputs: Sequence[str], cut: Sequence[str] = ()) 
     part.graph.initializer.extend(t for t in graph.initializer if t.name in needed)
     own = {info.name for info in graph.input}
     part.graph.input.extend(info for info in graph.input if info.name in needed)
-    declared = {info.name: info for info in graph.output}
-    for name in cut:
-        if name not in own and name in needed:
-            given = part.graph.input.add()
-            given.CopyFrom(declared[f"{name}_attribution"])
-            given.name = name
+    part.graph.input.extend(
+        attributed(model, name) for name in cut if name not in own and name in needed
+    )
     for name in outputs:
         # ONNX Runtime infers what is not declared.
         part.graph.output.append(onnx.ValueInfoProto(name=name))
     return part
+
+
+def attributed(model: ModelProto, name: str) -> onnx.ValueInfoProto:
+    """Type and shape of an attributed tensor, as those of its first attribution tell."""
+    recipe = Recipe.read({prop.key: prop.value for prop in model.metadata_props})
+    assert recipe is not None
+    wanted = recipe.attribution(name, next(iter(recipe.methods)))
+    info = onnx.ValueInfoProto()
+    info.CopyFrom(next(output for output in model.graph.output if output.name == wanted))
+    info.name, dims = name, info.type.tensor_type.shape.dim
+    if recipe.targets is not None:
+        del dims[1]
+    if recipe.reduce:
+        # What was reduced to one may have had any size.
+        for dim in dims[1:]:
+            dim.Clear()
+    return info
 
 
 def read_by(node: NodeProto) -> Iterator[str]:
@@ -93,4 +108,4 @@ def computed_from(model: ModelProto, names: Sequence[str]) -> set[str]:
     return found
 
 
-__all__ = ["Forward", "computed_from", "excerpt", "read_by"]
+__all__ = ["Forward", "attributed", "computed_from", "excerpt", "read_by"]

@@ -51,6 +51,13 @@ def is_float(dtype: Any) -> bool:
     return dtype is not None and (np.dtype(dtype).kind == "f" or np.dtype(dtype).name == "bfloat16")
 
 
+def is_integer(dtype: Any) -> bool:
+    """Whether ``dtype`` holds whole numbers or truth values."""
+    return dtype is not None and (
+        np.dtype(dtype).kind in "iub" or np.dtype(dtype).name.startswith(("int", "uint"))
+    )
+
+
 def is_narrow(dtype: Any) -> bool:
     """Whether ``dtype`` is a 16-bit float."""
     return is_float(dtype) and np.dtype(dtype).itemsize == 2
@@ -746,6 +753,7 @@ __all__ = [
     "bodies",
     "captured_names",
     "is_float",
+    "is_integer",
     "is_narrow",
     "is_tensor",
     "operands",

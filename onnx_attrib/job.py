@@ -38,6 +38,9 @@ class Request:
     delta: bool
     source: str
     """SHA-256 of the source model."""
+    reduce: Mapping[str | int, str] = field(default_factory=dict)
+    """How axes of the attribution are reduced, by ``"channels"``, ``"last"`` or number."""
+    normalize: bool = False
 
     @property
     def differentiates(self) -> bool:
@@ -71,13 +74,15 @@ class Cluster:
     """A region with one variable input that counts as one operator.
 
     Either elementwise ``nodes`` that are one nonlinearity, or the spelling of an operator
-    (``stand_in``, whose rule applies).
+    (``stand_in``, whose rule applies to ``root`` and ``operands``).
     """
 
     root: Tensor
     output: Tensor
     nodes: list[Node]
     stand_in: Node | None = None
+    operands: list[Tensor] = field(default_factory=list)
+    """What the operator reads besides the root: merged weights."""
     piecewise: bool = False
     """Whether the nonlinearity is piecewise linear."""
 
@@ -110,6 +115,8 @@ class Job:
     """The jobs of the methods."""
     attributions: list[dict[str, Tensor]] = field(default_factory=list)
     """For each seed so far, the attribution of each attributed tensor by name."""
+    shown: list[dict[str, Tensor]] = field(default_factory=list)
+    """The same, reduced and normalized as asked for."""
 
     def explaining(self, choice: Choice) -> Job:
         """A job of its own for one method."""

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnx
 from google.protobuf.message import DecodeError, Message
@@ -28,6 +28,8 @@ def load(source: Source) -> tuple[ModelProto, str]:
     """The model, with external data in memory, and the SHA-256 of its source.
 
     ``source``: a path, the bytes of a file, or a ModelProto (which is copied, not changed).
+    The digest of a path is that of the file, followed by the files with its external data in the
+    order of their names: ``cat model.onnx model.onnx.data | sha256sum``.
     Raises ModelError if it is missing, truncated or not an ONNX model.
     """
     if isinstance(source, ModelProto):
@@ -42,13 +44,35 @@ def load(source: Source) -> tuple[ModelProto, str]:
     except OSError as error:
         raise ModelError(f"cannot read '{path}': {error.strerror or error}") from None
     model = _parse(data, f"'{path}'")
-    digest = hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data)
     del data
+    beside = sorted(_external_files(model))
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
+        for name in beside:
+            _update(digest, path.parent / name)
     except Exception as error:  # onnx raises several kinds for missing or short data files
         raise ModelError(f"cannot read the external data of '{path}': {_line(error)}") from None
-    return model, digest
+    return model, digest.hexdigest()
+
+
+def _external_files(message: Message) -> set[str]:
+    """The files, relative to the model's, that hold tensors of a model or of a part of it."""
+    if isinstance(message, TensorProto):
+        outside = message.data_location == TensorProto.EXTERNAL
+        return {e.value for e in message.external_data if outside and e.key == "location"}
+    found = set[str]()
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                found |= _external_files(part)
+    return found
+
+
+def _update(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
 
 
 def _parse(data: bytes, name: str) -> ModelProto:

@@ -19,12 +19,13 @@ class Recipe:
 
     ``inputs``: the attributed tensors; ``output``: the explained one, and ``output_shape`` its
     shape (None if unknown); ``target``: ``"input"``, ``"argmax"``, ``"seed"``, an index or a
-    tuple; ``baseline``: ``"zeros"``, ``"input"``, a number, ``"array"``, or None for methods
-    without a reference; ``source_sha256``: of the model it was compiled from.
+    tuple; ``targets``: how many of the largest classes, or which ones, if several are explained
+    (else None); ``baseline``: ``"zeros"``, ``"input"``, a number, ``"array"``, or None for methods
+    without a reference; ``reduce`` and ``normalize``: what was made of the attributions;
+    ``source_sha256``: of the model it was compiled from. ``methods``: the options of each method.
     """
 
-    method: str
-    options: Mapping[str, Any]
+    methods: Mapping[str, Mapping[str, Any]]
     inputs: tuple[str, ...]
     output: str
     output_shape: tuple[int | str | None, ...] | None
@@ -32,6 +33,30 @@ class Recipe:
     baseline: str | float | None
     version: str
     source_sha256: str
+    targets: int | tuple[int, ...] | None
+    reduce: Mapping[str | int, str]
+    normalize: bool
+
+    @property
+    def method(self) -> str:
+        """The method's name; of several, the names with commas between."""
+        return ",".join(self.methods)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The method's options; of several, the options of each."""
+        return self.methods if len(self.methods) > 1 else next(iter(self.methods.values()))
+
+    def attribution(self, tensor: str, method: str) -> str:
+        """The output that holds a method's attribution of a tensor."""
+        return f"{tensor}_attribution{self._suffix(method)}"
+
+    def delta(self, method: str) -> str:
+        """The output that holds a method's convergence delta, if it has one."""
+        return f"convergence_delta{self._suffix(method)}"
+
+    def _suffix(self, method: str) -> str:
+        return f"_{method}" if len(self.methods) > 1 else ""
 
     @staticmethod
     def read(metadata: Mapping[str, str]) -> Recipe | None:
@@ -44,10 +69,12 @@ class Recipe:
             return None
         try:
             target = json.loads(found["target"])
+            targets = json.loads(found.get("targets", "null"))
             shape = json.loads(found.get("output_shape", "null"))
+            reduce = json.loads(found.get("reduce", "{}"))
+            names, options = found["method"].split(","), json.loads(found["options"])
             return Recipe(
-                method=found["method"],
-                options=json.loads(found["options"]),
+                methods={n: options[n] for n in names} if names[1:] else {names[0]: dict(options)},
                 inputs=tuple(json.loads(found["inputs"])),
                 output=found["output"],
                 output_shape=None if shape is None else tuple(shape),
@@ -55,6 +82,9 @@ class Recipe:
                 baseline=json.loads(found["baseline"]),
                 version=found.get("version", ""),
                 source_sha256=found.get("source_sha256", ""),
+                targets=tuple(targets) if isinstance(targets, list) else targets,
+                reduce={int(k) if k.isdecimal() else k: how for k, how in reduce.items()},
+                normalize=json.loads(found.get("normalize", "false")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"the model's onnx_attrib metadata is damaged: {error}") from None
@@ -68,6 +98,9 @@ class Recipe:
             "inputs": list(self.inputs),
             "output": self.output,
             "target": list(self.target) if isinstance(self.target, tuple) else self.target,
+            "targets": list(self.targets) if isinstance(self.targets, tuple) else self.targets,
+            "reduce": {str(axis): how for axis, how in self.reduce.items()},
+            "normalize": self.normalize,
             "baseline": self.baseline,
             "source_sha256": self.source_sha256,
         }

@@ -29,9 +29,6 @@ from onnx_attrib.session import (
 
 Arrays = Mapping[str, npt.ArrayLike]
 
-_SUFFIX = "_attribution"
-_DELTA = "convergence_delta"
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -39,11 +36,13 @@ class Explanation:
 
     ``attributions``: by tensor name, each of the tensor's shape. ``outputs``: the model's own
     outputs by name. ``delta``: ``convergence_delta``, [N], or None if the model was compiled
-    without it. ``prediction``: the largest class at each position, [N] (or [N, …] for outputs of
+    without it. ``by_method`` and ``delta_by_method``: attributions and deltas of each method;
+    ``attributions`` and ``delta`` are those of the first. ``prediction``: the largest class at each position, [N] (or [N, …] for outputs of
     rank > 2); None for outputs with one value a sample. ``target``: what was explained, [N] (or
     [N, r-1] for rank r > 2); None for a seed and for outputs with one value a sample. ``score``:
     S, [N]. Prediction, score and a target chosen by the model are None where the explained
-    tensor is not among the model's outputs.
+    tensor is not among the model's outputs. Where a model explains k targets at once, target,
+    score and deltas are [N, k], and attributions have an axis of k after the batch's.
     """
 
     attributions: dict[str, Array]
@@ -54,6 +53,8 @@ class Explanation:
     score: Array | None = None
     inputs: dict[str, Array] = field(default_factory=dict, repr=False)
     """What was fed, in the model's dtypes and shapes."""
+    by_method: dict[str, dict[str, Array]] = field(default_factory=dict)
+    delta_by_method: dict[str, Array] = field(default_factory=dict)
 
 
 class Explainer:
@@ -63,8 +64,8 @@ class Explainer:
     >>> result = explain(x, target=3)
     >>> result.attributions["x"], result.outputs["logits"]
 
-    ``method``, ``options``, ``output``, ``target`` and ``baseline`` say how it was compiled,
-    ``attributed`` what is attributed, ``inputs`` and ``outputs`` are the model's own.
+    ``methods``, ``options``, ``output``, ``target``, ``targets`` and ``baseline`` say how it was
+    compiled (``recipe`` has it all), ``attributed`` what is attributed, ``inputs`` and ``outputs`` are the model's own.
     Calls from several threads are safe.
     """
 
@@ -95,7 +96,8 @@ class Explainer:
         extra = {f"{n}_baseline" for n in names} if self.recipe.baseline == "input" else set()
         chooser = self.recipe.target if self.recipe.target in ("input", "seed") else None
         if chooser == "input":
-            chooser = "target" if self._has_classes() else None
+            chooses = self._has_classes() and self.recipe.targets is None
+            chooser = "target" if chooses else None
         self._chooser = next((p for p in ports if p.name == chooser), None)
         self._baselines = {
             p.name.removesuffix("_baseline"): p
@@ -104,7 +106,8 @@ class Explainer:
         }
         self.inputs = [p for p in ports if p.name not in extra and p is not self._chooser]
         """The source model's inputs."""
-        added = {*(f"{n}{_SUFFIX}" for n in self.recipe.inputs), _DELTA}
+        added = {self.recipe.delta(method) for method in self.methods}
+        added |= {self.recipe.attribution(t, m) for t in self.recipe.inputs for m in self.methods}
         results = [port_of(argument) for argument in self._session.get_outputs()]
         self.outputs = [port for port in results if port.name not in added]
         """The source model's outputs."""
@@ -120,12 +123,17 @@ class Explainer:
 
     @property
     def method(self) -> str:
-        """The method's name."""
+        """The method's name; of several, the names with commas between."""
         return self.recipe.method
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods, the keys of ``by_method``."""
+        return tuple(self.recipe.methods)
+
+    @property
     def options(self) -> Mapping[str, Any]:
-        """The method's options."""
+        """The method's options; of several, the options of each by name."""
         return self.recipe.options
 
     @property
@@ -142,6 +150,11 @@ class Explainer:
     def target(self) -> str | int | tuple[int, ...]:
         """``"input"``, ``"argmax"``, ``"seed"``, or the target fixed at compile time."""
         return self.recipe.target
+
+    @property
+    def targets(self) -> int | tuple[int, ...] | None:
+        """How many of the largest classes are explained at once, or which ones; None for one."""
+        return self.recipe.targets
 
     @property
     def takes_target(self) -> bool:
@@ -217,7 +230,17 @@ class Explainer:
         self._add_baselines(feeds, baseline, batch)
         self._add_seed(feeds, seed, batch)
         values = dict(zip(self._results, self._run(feeds), strict=True))
-        attributions = {name: values[f"{name}{_SUFFIX}"] for name in self.attributed}
+        by_method = {
+            method: {name: values[self.recipe.attribution(name, method)] for name in self.attributed}
+            for method in self.methods
+        }
+        deltas = {
+            method: values[self.recipe.delta(method)]
+            for method in self.methods
+            if self.recipe.delta(method) in values
+        }
+        first = self.methods[0]
+        attributions = by_method[first]
         outputs = {port.name: values[port.name] for port in self.outputs}
         chosen = feeds.get("target") if self.takes_target else None
         if chosen is not None:
@@ -226,11 +249,13 @@ class Explainer:
         return Explanation(
             attributions=attributions,
             outputs=outputs,
-            delta=values.get(_DELTA),
+            delta=deltas.get(first),
             prediction=prediction,
             target=explained,
             score=score,
             inputs=fed,
+            by_method=by_method,
+            delta_by_method=deltas,
         )
 
     def _run(self, feeds: Mapping[str, Array]) -> list[Array]:
@@ -324,6 +349,11 @@ class Explainer:
 
     def _refuse_target(self, target: npt.ArrayLike) -> None:
         fixed = self.recipe.target
+        if self.recipe.targets is not None:
+            raise OptionError(
+                "the model explains several targets at once, fixed when it was compiled; to choose "
+                "one at run time, compile it with target 'input'"
+            )
         if fixed == "input" or not self._has_classes():
             if np.all(np.isin(integers(target, "target"), (0, -1))):
                 return
@@ -441,6 +471,10 @@ class Explainer:
             return prediction, None, (seed * y).reshape(len(y), -1).sum(axis=1)
         if prediction is None:
             return None, None, y.reshape(len(y), -1).sum(axis=1)
+        if self.recipe.targets is not None:
+            several = classes_of(y, self.recipe.targets)
+            check_range(several.reshape(-1), y.shape, self.output)
+            return prediction, several, np.take_along_axis(y, several, axis=1)
         if chosen is None and self.recipe.target == "argmax":
             flat = y.reshape(len(y), -1).argmax(axis=1)
             index = np.stack(np.unravel_index(flat, y.shape[1:]), axis=1)
@@ -452,8 +486,21 @@ class Explainer:
             ).copy()
             places = (np.arange(len(y)), *index[:, 1:].T)
             index[:, 0] = np.where(index[:, 0] < 0, prediction[places], index[:, 0])
+        check_range(index, y.shape, self.output)
         score = y[(np.arange(len(y)), *index.T)]
         return prediction, index[:, 0] if y.ndim == 2 else index, score
 
 
-__all__ = ["Explainer", "Explanation"]
+def classes_of(y: Array, targets: int | Sequence[int]) -> Array:
+    """The classes that are explained at once, [N, k] for an output [N, C].
+
+    The k largest in falling order (of equal ones the first first, as TopK has them), or the given
+    ones, where a negative class is the predicted one.
+    """
+    if isinstance(targets, int):
+        return np.argsort(-y.astype(np.float64), axis=1, kind="stable")[:, :targets]
+    wanted = np.broadcast_to(np.asarray(targets, np.int64), (len(y), len(targets)))
+    return np.where(wanted < 0, y.argmax(axis=1)[:, None], wanted)
+
+
+__all__ = ["Explainer", "Explanation", "classes_of"]

@@ -28,6 +28,8 @@ def describe(job: Job) -> None:
         "inputs": json.dumps(job.scope.names),
         "target": json.dumps(request.target),
         "targets": json.dumps(request.targets),
+        "reduce": json.dumps(request.reduce),
+        "normalize": json.dumps(request.normalize),
         "baseline": json.dumps(_baseline(job)),
         "source_sha256": request.source,
     }

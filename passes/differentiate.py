@@ -338,7 +338,7 @@ def _stand_in(cluster: Cluster) -> Node:
     if spelled is not None:
         node = gs.Node(spelled.op, spelled.name, dict(spelled.attrs))
     # Plain lists: graphsurgeon's own would enter the stand-in as a producer of the output.
-    node.inputs, node.outputs = [cluster.root], [cluster.output]
+    node.inputs, node.outputs = [cluster.root, *cluster.operands], [cluster.output]
     return node
 
 

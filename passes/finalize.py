@@ -1,9 +1,10 @@
 """Add attributions to the model's outputs.
 
-Precondition: one entry of ``job.attributions`` for each seed. Postcondition: one output
-``<T>_attribution`` for each attributed tensor T, of T's shape, or with an axis for the targets
-after the batch's if several were asked for; ``convergence_delta`` [N] (or [N, targets]) if asked
-for. Where there are several methods, the names end in ``_<method>``.
+Precondition: one entry of ``job.attributions`` and of ``job.shown`` for each seed. Postcondition:
+one output ``<T>_attribution`` for each attributed tensor T, of T's shape (1 for a reduced axis), or
+with an axis for the targets after the batch's if several were asked for; ``convergence_delta`` [N]
+(or [N, targets]) if asked for, of what is not reduced yet. Where there are several methods, the
+names end in ``_<method>``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from onnx_attrib.errors import OptionError
 from onnx_attrib.ir import Graph, Tensor, is_narrow
 from onnx_attrib.job import Job
+from onnx_attrib.passes.postprocess import batch_axis
 
 
 def finalize(job: Job) -> None:
@@ -22,7 +24,7 @@ def finalize(job: Job) -> None:
     several = job.request.targets is not None
     suffix = f"_{job.method.name}" if len(job.request.choices) > 1 else ""
     for tensor in job.scope.inputs:
-        values = [one[tensor.name] for one in job.attributions]
+        values = [one[tensor.name] for one in job.shown]
         if any(value.shape is None for value in values):
             raise OptionError(f"the rank of '{tensor.name}' is unknown: it cannot be an output")
         value = _stacked(job.graph, values) if several else values[0]
@@ -96,12 +98,8 @@ def _per_sample(job: Job, tensor: Tensor) -> Tensor:
     shape = graph.shape(tensor) or ()
     if not shape:
         return graph.op.Reshape(tensor, [1])
-    if (
-        isinstance(job.scope.batch, str)
-        and shape[0] != job.scope.batch
-        and (shape.count(job.scope.batch) == 1)
-    ):
-        axis = shape.index(job.scope.batch)
+    axis = batch_axis(shape, job.scope.batch)
+    if axis:
         order = [axis, *(k for k in range(len(shape)) if k != axis)]
         tensor = graph.op.Transpose(tensor, perm=order)
     return graph.op.ReduceSum(graph.op.Flatten(tensor, axis=1), [1], keepdims=0)

@@ -228,7 +228,9 @@ def _infer(model: ModelProto) -> ModelProto:
                 inferred.graph.value_info.append(v)
             elif _knows_more(v, known[name]):
                 known[name].CopyFrom(v)
-    symbols = {dim for info in model.graph.input for dim in _dims(info) or ()}
+    # A declared symbol may have spread from an output to what is computed from it.
+    spread = (*model.graph.input, *inferred.graph.value_info)
+    symbols = {dim for info in spread for dim in _dims(info) or () if not _vague(dim)}
     for have, said in zip(inferred.graph.output, outputs, strict=True):
         _fill_in(have, said, symbols)
     return inferred

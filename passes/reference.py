@@ -122,8 +122,43 @@ def _keeps_samples_apart(graph: Graph, node: Node, batch: str) -> bool:
     rule = rules.lookup(node.op, node.domain, ())
     if isinstance(rule, rules.Structured):
         axis = rule.batch_axis(graph, node)
-        return shape is not None and axis is not None and shape[axis] == batch
-    return shape is None or all(shape[k] != batch for k in _mixed_axes(graph, node, len(shape)))
+        if shape is None or axis is None or shape[axis] != batch:
+            return False
+    return shape is None or (
+        all(shape[k] != batch for k in _mixed_axes(graph, node, len(shape)))
+        and all(dim in (batch, free) for dim, free in _beside_batch(graph, node, shape, batch))
+    )
+
+
+def _beside_batch(graph: Graph, node: Node, shape: Shape, batch: str) -> Iterable[tuple[Dim, Dim]]:
+    """What meets the batch in operands that the output's shape does not follow.
+
+    Each with another dimension that it may have there: 1 where the operand is broadcast.
+    """
+    if batch not in shape or node.domain:
+        return
+    axis = shape.index(batch)
+    if node.op == "ScatterND":
+        depth = (graph.shape(node.inputs[1]) or (None,))[-1]
+        # Samples are picked by number, unless the axes picked from come before theirs.
+        yield batch if isinstance(depth, int) and axis >= depth else None, batch
+    states = {4: (0, batch), 5: (axis, batch), 6: (axis, batch)}
+    meets: dict[str, dict[int, tuple[int, Dim]]] = {
+        "PRelu": {1: (axis - len(shape), 1)},
+        "Gemm": {2: (-2, 1)},
+        "ScatterElements": {1: (axis, batch), 2: (axis, batch)},
+        "ReverseSequence": {1: (0, batch)},
+        "RNN": states,
+        "GRU": states,
+        "LSTM": states,
+    }
+    for i, (k, free) in meets.get(node.op, {}).items():
+        operand = node.inputs[i] if i < len(node.inputs) else None
+        dims = graph.shape(operand) if operand is not None and operand.name else ()
+        if dims is None:
+            yield None, free
+        elif -len(dims) <= k < len(dims):
+            yield dims[k], free
 
 
 _ALONG_AXIS = frozenset(

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_attrib.errors import CompileError, OptionError, UnsupportedOpError, suggest
-from onnx_attrib.ir import Graph, Node, Tensor, is_float, operands
+from onnx_attrib.ir import Graph, Node, Tensor, is_float, is_integer, operands
 from onnx_attrib.job import Job, Scope
 from onnx_attrib.passes.differentiate import active_inputs, check_rules, flow, offence
 from onnx_attrib.passes.quantized import leaks
@@ -28,6 +28,8 @@ def scope(job: Job) -> None:
     output = explained_output(graph, job.request.output)
     upstream = ancestors(graph, output)
     inputs = attributed_tensors(graph, job.request.inputs, upstream)
+    if job.request.inputs is None:
+        job.notes += _instead(graph, upstream, inputs)
     names = {tensor.name for tensor in inputs}
     dependent, changing = [], set(names)
     for node in upstream:
@@ -76,22 +78,26 @@ def explained_output(graph: Graph, name: str | None) -> Tensor:
 def attributed_tensors(
     graph: Graph, names: Sequence[str] | None, upstream: Sequence[Node]
 ) -> list[Tensor]:
-    """The named tensors, else the float inputs that reach the output, else the embeddings."""
+    """The named tensors, else the float inputs that reach the output, else what integers become.
+
+    The embeddings of token ids come before the float values that integer inputs are cast to.
+    """
     if names is not None:
         if not names:
             raise OptionError("no tensor to attribute was named")
         if len(set(names)) != len(names):
             raise OptionError("a tensor is named twice in inputs")
-        return [_float_tensor(graph, name, "input") for name in names]
+        return [_float_tensor(graph, name, "input", upstream) for name in names]
     used = {t.name for node in upstream for t in graph.uses(node)}
     found = [t for t in graph.inputs if is_float(t.dtype) and t.name in used]
     # Numbers that only serve as indices (some exporters declare token ids as floats) do not count.
-    chosen = [t for t in found if _reaches(upstream, t)] or embeddings(graph, upstream) or found
+    chosen = [t for t in found if _reaches(upstream, t)] or embeddings(graph, upstream)
+    chosen = chosen or [t for t, _ in _converted(graph, upstream) if _reaches(upstream, t)] or found
     if not chosen:
         kinds = ", ".join(f"{t.name}: {t.dtype}" for t in graph.inputs)
         raise CompileError(
-            f"no float input reaches the output, and no embedding was found (inputs: {kinds}); "
-            "name an inner float tensor with inputs=[...] (--input)"
+            f"no float input reaches the output, and nothing that integer inputs become was found "
+            f"(inputs: {kinds}); name an inner float tensor with inputs=[...] (--input)"
         )
     return chosen
 
@@ -124,6 +130,38 @@ def _one_hot(graph: Graph, node: Node) -> bool:
     return False
 
 
+def _converted(graph: Graph, nodes: Sequence[Node]) -> list[tuple[Tensor, str]]:
+    """Float tensors that hold the numbers of an integer input, and that input's name.
+
+    The numbers may be moved and reckoned with as integers before; the sizes of a tensor, and what
+    comparing its entries gives, are none of its numbers.
+    """
+    origin = {t.name: t.name for t in graph.inputs if is_integer(t.dtype)}
+    found = []
+    for node in nodes:
+        indices = (0,) if node.op == "OneHot" else active_inputs(node, set(origin))
+        if not indices or node.inputs[indices[0]].name not in origin:
+            continue
+        source = origin[node.inputs[indices[0]].name]
+        for tensor in node.outputs:
+            if is_float(tensor.dtype):
+                found.append((tensor, source))
+            elif is_integer(tensor.dtype):
+                origin[tensor.name] = source
+    return found
+
+
+def _instead(graph: Graph, upstream: Sequence[Node], chosen: Sequence[Tensor]) -> list[str]:
+    """That floats are attributed in the place of integer inputs."""
+    names = {tensor.name for tensor in chosen}
+    return [
+        f"input '{source}' holds integers; attributed is the float tensor they become, "
+        f"'{tensor.name}'"
+        for tensor, source in _converted(graph, upstream)
+        if tensor.name in names
+    ]
+
+
 def _is_table(graph: Graph, tensor: Tensor) -> bool:
     return isinstance(tensor, gs.Constant) and len(graph.shape(tensor) or ()) == 2
 
@@ -139,7 +177,9 @@ def _reaches(upstream: Sequence[Node], tensor: Tensor) -> bool:
     return any(t.name in reached for t in last)
 
 
-def _float_tensor(graph: Graph, name: str, role: str) -> Tensor:
+def _float_tensor(
+    graph: Graph, name: str, role: str, upstream: Sequence[Node] = ()
+) -> Tensor:
     tensor = graph.find(name)
     if tensor is None:
         raise OptionError(
@@ -148,7 +188,12 @@ def _float_tensor(graph: Graph, name: str, role: str) -> Tensor:
         )
     if not is_float(tensor.dtype):
         kind = "of unknown type" if tensor.dtype is None else str(np.dtype(tensor.dtype))
-        advice = "; attribute the output of its embedding instead" if role == "input" else ""
+        advice = ""
+        if role == "input":
+            become = [t.name for t, source in _converted(graph, upstream) if source == name]
+            become = become or [t.name for t in embeddings(graph, upstream)]
+            instead = " or ".join(f"'{t}'" for t in become[:3]) or "the output of its embedding"
+            advice = f"; attribute the float tensor it becomes instead: {instead}"
         raise OptionError(f"tensor '{name}' is {kind}, not float: no attribution{advice}")
     if role == "input" and graph.value(tensor) is not None:
         raise OptionError(f"tensor '{name}' is a constant of the model, not a value it computes")

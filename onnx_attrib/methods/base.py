@@ -98,7 +98,9 @@ class Method:
     several points and average. ``starts``: sweeps begin at the seed, or at the seeded value of
     the output. ``differentiates``: the method needs a differentiable path. ``clusters``: what
     counts as one nonlinearity: each operator, also single-variable ``regions`` where paths meet
-    again, or also ``chains`` of nonlinearities. ``signed``: attributions can be negative.
+    again, or also ``chains`` of nonlinearities. ``merges``: a bias or a
+    BatchNormalization after a layer with weights is part of it. ``signed``: attributions can be
+    negative.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Method:
     compares: bool = False
     complete: bool = False
     clusters: Literal["", "regions", "chains"] = ""
+    merges: bool = False
     signed: bool = True
     starts: Literal["seed", "value"] = "seed"
     differentiates: bool = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -165,9 +165,14 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Rule):
-    """Affine in its active inputs together: ``pull`` is the transposed map."""
+    """Affine in its active inputs together: ``pull`` is the transposed map.
+
+    ``flow``: an output entry ``"mixes"`` several input entries, ``"moves"`` one (or is none:
+    padding), or ``"scales"`` one (and may add a number to it).
+    """
 
     pull: Pull
+    flow: Literal["mixes", "moves", "scales"] = "mixes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +180,15 @@ class Bilinear(Rule):
     """Linear in each active input while the others are held: products and their like.
 
     ``pull(site, i)`` reads the other operands from ``site.inputs``; with these at the midpoint
-    of value and reference, a product of two conserves differences exactly.
+    of value and reference, a product of two conserves differences exactly. ``layer``: it sums
+    products, so that with one active input it is a layer with weights
+    (:mod:`onnx_attrib.rules.affine`); the others multiply entry by entry. ``bias``: the input
+    that is added, if there is one.
     """
 
     pull: Pull
+    layer: bool = False
+    bias: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

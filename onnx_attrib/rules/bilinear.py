@@ -34,7 +34,7 @@ add(
         lazy=True,
     )
 )
-add(Linear(op="Neg", pull=lambda s, i: s.op.Neg(s.m), lazy=True))
+add(Linear(op="Neg", pull=lambda s, i: s.op.Neg(s.m), lazy=True, flow="scales"))
 add(
     Linear(
         op="Mean",
@@ -63,7 +63,7 @@ def divide_pull(s: Site, i: int) -> Tensor:
 
 
 add(
-    Linear(op="Div", pull=divide_pull, covers=only(0), broadcasts=True, lazy=True),
+    Linear(op="Div", pull=divide_pull, covers=only(0), broadcasts=True, lazy=True, flow="scales"),
 )
 add(
     Elementwise(
@@ -114,7 +114,7 @@ def matmul_pull(s: Site, i: int) -> Tensor:
     return share
 
 
-add(Bilinear(op="MatMul", pull=matmul_pull, broadcasts=True))
+add(Bilinear(op="MatMul", pull=matmul_pull, broadcasts=True, layer=True))
 
 
 def gemm_pull(s: Site, i: int) -> Tensor:
@@ -137,7 +137,7 @@ def gemm_pull(s: Site, i: int) -> Tensor:
     return op.Gemm(left, right, alpha=alpha, transA=turned[0], transB=turned[1])
 
 
-add(Bilinear(op="Gemm", pull=gemm_pull, broadcasts=True))
+add(Bilinear(op="Gemm", pull=gemm_pull, broadcasts=True, layer=True, bias=2))
 
 # -- determinants ----------------------------------------------------------------------------------
 

@@ -230,7 +230,7 @@ def batch_definition(s: Site) -> Sequence[Tensor]:
     return [op.Add(op.Mul(op.Sub(s.x(), mean), factor), bias)]
 
 
-add(Linear(op="BatchNormalization", pull=batch_pull, covers=only(0)))
+add(Linear(op="BatchNormalization", pull=batch_pull, covers=only(0), flow="scales"))
 add(Composite(op="BatchNormalization", decompose=batch_definition))
 
 

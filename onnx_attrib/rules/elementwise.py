@@ -360,6 +360,7 @@ add(
         pull=lambda s, i: s.op.Mul(s.m, s.op.Min(s.x(), number(s, 0))),
         covers=only(1),
         broadcasts=True,
+        flow="scales",
     )
 )
 add(

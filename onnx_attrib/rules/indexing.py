@@ -144,8 +144,8 @@ def split_pull(s: Site, i: int) -> Tensor:
     return s.op.Concat(*pieces, axis=s.attr("axis"))
 
 
-add(Linear(op="Concat", pull=concat_pull))
-add(Linear(op="Split", pull=split_pull, blocked=DATA_ONLY))
+add(Linear(op="Concat", pull=concat_pull, flow="moves"))
+add(Linear(op="Split", pull=split_pull, blocked=DATA_ONLY, flow="moves"))
 
 
 # -- slices and pads -------------------------------------------------------------------------------
@@ -241,8 +241,8 @@ def fold_in(s: Site, m: Tensor, axis: int, pads: np.ndarray) -> Tensor:
     return op.ScatterElements(core, index, rim, axis=axis, reduction="add")
 
 
-add(Linear(op="Slice", pull=slice_pull, blocked=DATA_ONLY, caveat=SAME_PLACES))
-add(Linear(op="Pad", pull=pad_pull, blocked=frozenset({1, 3})))
+add(Linear(op="Slice", pull=slice_pull, blocked=DATA_ONLY, caveat=SAME_PLACES, flow="moves"))
+add(Linear(op="Pad", pull=pad_pull, blocked=frozenset({1, 3}), flow="moves"))
 
 
 # -- gathering and scattering ----------------------------------------------------------------------
@@ -339,10 +339,18 @@ def scatter_product_pull(s: Site, i: int) -> Tensor:
     return op.Where(op.Equal(others, 0.0), op.Mul(read_at(s, s.m), product), 0.0)
 
 
-add(Linear(op="Gather", pull=gather_pull, blocked=DATA_ONLY, caveat=SAME_INDICES))
-add(Linear(op="GatherElements", pull=gather_elements_pull, blocked=DATA_ONLY, caveat=SAME_INDICES))
-add(Linear(op="GatherND", pull=replay, blocked=DATA_ONLY, caveat=SAME_INDICES))
-add(Linear(op="Compress", pull=replay, blocked=DATA_ONLY, caveat=SAME_CONDITION))
+add(Linear(op="Gather", pull=gather_pull, blocked=DATA_ONLY, caveat=SAME_INDICES, flow="moves"))
+add(
+    Linear(
+        op="GatherElements",
+        pull=gather_elements_pull,
+        blocked=DATA_ONLY,
+        caveat=SAME_INDICES,
+        flow="moves",
+    )
+)
+add(Linear(op="GatherND", pull=replay, blocked=DATA_ONLY, caveat=SAME_INDICES, flow="moves"))
+add(Linear(op="Compress", pull=replay, blocked=DATA_ONLY, caveat=SAME_CONDITION, flow="moves"))
 add(Linear(op="ScatterElements", pull=scatter_pull, blocked=frozenset({1}), caveat=SAME_INDICES))
 add(Linear(op="ScatterND", pull=scatter_pull, blocked=frozenset({1}), caveat=SAME_INDICES))
 
@@ -397,10 +405,20 @@ def again(s: Site, **attributes: Any) -> Tensor:
     return s.graph.emit(s.node.op, s.m, *s.inputs[1:], **{**s.node.attrs, **attributes})
 
 
-add(Linear(op="Expand", pull=lambda s, i: s.m, broadcasts=True, lazy=True, blocked=DATA_ONLY))
+add(
+    Linear(
+        op="Expand",
+        pull=lambda s, i: s.m,
+        broadcasts=True,
+        lazy=True,
+        blocked=DATA_ONLY,
+        flow="moves",
+    )
+)
 add(
     Linear(
         op="Where",
+        flow="moves",
         pull=where_pull,
         broadcasts=True,
         lazy=True,
@@ -408,17 +426,26 @@ add(
         caveat=SAME_CONDITION,
     )
 )
-add(Linear(op="Tile", pull=tile_pull, blocked=DATA_ONLY))
-add(Linear(op="DepthToSpace", pull=depth_to_space_pull))
+add(Linear(op="Tile", pull=tile_pull, blocked=DATA_ONLY, flow="moves"))
+add(Linear(op="DepthToSpace", pull=depth_to_space_pull, flow="moves"))
 add(
     Linear(
         op="SpaceToDepth",
+        flow="moves",
         pull=lambda s, i: s.op.DepthToSpace(s.m, blocksize=s.attr("blocksize")),
     )
 )
 for name, caveat in (("Trilu", ""), ("ReverseSequence", SAME_PLACES)):
     # Each is its own transpose.
-    add(Linear(op=name, pull=lambda s, i: again(s), blocked=DATA_ONLY, caveat=caveat))
+    add(
+        Linear(
+            op=name,
+            pull=lambda s, i: again(s),
+            flow="moves",
+            blocked=DATA_ONLY,
+            caveat=caveat,
+        )
+    )
 add(
     Linear(
         op="CumSum",

@@ -140,4 +140,8 @@ def max_unpool_pull(s: Site, i: int) -> Tensor:
     return s.reshape(op.Where(stays, read, 0.0), s.x())
 
 
-add(Linear(op="MaxUnpool", pull=max_unpool_pull, blocked=DATA_ONLY, caveat=SAME_INDICES))
+add(
+    Linear(
+        op="MaxUnpool", pull=max_unpool_pull, blocked=DATA_ONLY, caveat=SAME_INDICES, flow="moves"
+    )
+)

@@ -87,7 +87,7 @@ def vectorizer_definition(s: Site) -> Sequence[Tensor]:
     return [s.op.Concat(*parts, axis=1)]
 
 
-add(Linear(op="Scaler", domain=DOMAIN, pull=scaled_back))
+add(Linear(op="Scaler", domain=DOMAIN, pull=scaled_back, flow="scales"))
 composite("Normalizer", normalizer_definition)
 add(
     Composite(

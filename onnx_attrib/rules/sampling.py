@@ -374,4 +374,4 @@ def center_crop_pad_pull(s: Site, i: int) -> Tensor:
     return s.op.CenterCropPad(s.m, sizes(s, s.x(), axes), axes=axes)
 
 
-add(Linear(op="CenterCropPad", pull=center_crop_pad_pull, blocked=DATA_ONLY))
+add(Linear(op="CenterCropPad", pull=center_crop_pad_pull, blocked=DATA_ONLY, flow="moves"))

@@ -49,10 +49,10 @@ def cast_back(s: Site, i: int) -> Tensor:
 
 
 for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
-    add(Linear(op=name, pull=back_to_input, blocked=DATA_ONLY))
-add(Linear(op="Transpose", pull=inverse_transpose))
-add(Linear(op="Identity", pull=lambda s, i: s.m, lazy=True))
+    add(Linear(op=name, pull=back_to_input, blocked=DATA_ONLY, flow="moves"))
+add(Linear(op="Transpose", pull=inverse_transpose, flow="moves"))
+add(Linear(op="Identity", pull=lambda s, i: s.m, lazy=True, flow="moves"))
 # Dropout's second output is a mask.
-add(Linear(op="Dropout", pull=inference_dropout, lazy=True, blocked=DATA_ONLY))
+add(Linear(op="Dropout", pull=inference_dropout, lazy=True, blocked=DATA_ONLY, flow="moves"))
 for name in ("Cast", "CastLike"):
-    add(Linear(op=name, pull=cast_back, lazy=True, blocked=DATA_ONLY))
+    add(Linear(op=name, pull=cast_back, lazy=True, blocked=DATA_ONLY, flow="moves"))

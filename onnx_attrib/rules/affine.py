@@ -1,0 +1,78 @@
+"""Layers with weights: y = W · x + b, of which rules replace W and b.
+
+Relevance rules (z⁺, γ, αβ, w², flat, the box), RevealCancel and pattern methods evaluate a layer, or
+its transpose, with other weights: the positive ones, their squares, ones, patterns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnx_attrib.ir import Tensor
+from onnx_attrib.rules.base import Bilinear, Site
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node that is affine in one operand ``data``: y = W · x + b.
+
+    ``weight`` and ``bias`` are tensors as the node has them (their signs, squares and so on are
+    those of W and b, if ``scale`` is positive, see :func:`layer_of`); ``bias`` is None where
+    there is none.
+    """
+
+    site: Site
+    rule: Bilinear
+    data: int
+    bias_index: int
+
+    @property
+    def x(self) -> Tensor:
+        """The layer's input."""
+        return self.site.x(self.data)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.site.x(1 - self.data)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.site.optional(self.bias_index)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W' · x' + b', of y's shape for x' of x's shape, W' of W's."""
+        site, node, op = self.site, self.site.node, self.site.op
+        pair = (x, weight) if self.data == 0 else (weight, x)
+        y: Tensor
+        if self.rule.bias is not None and bias is not None:
+            y = site.graph.emit(node.op, *pair, bias, **node.attrs)
+        else:
+            y = site.graph.emit(node.op, *pair, **node.attrs)
+            if bias is not None:
+                y = op.Add(y, bias)
+        return site.shaped(y, site.y)
+
+    def back(self, m: Tensor, weight: Tensor) -> Tensor:
+        """W'ᵀ · m, of x's shape (not yet summed over broadcast batch axes), for m of y's shape."""
+        inputs = list(self.site.inputs)
+        inputs[1 - self.data] = weight
+        here = Site(
+            self.site.graph, self.site.node, tuple(inputs), self.site.outputs, (m,), (self.data,)
+        )
+        return self.rule.pull(here, self.data)
+
+
+def layer_of(site: Site, rule: Bilinear) -> Layer | None:
+    """The site as a layer, or None if it is a product of two variables or entry by entry.
+
+    A factor that Gemm applies to its products or to its bias counts as part of the layer: the
+    passes that merge layers fold it in (:mod:`onnx_attrib.passes.merge`).
+    """
+    if not rule.layer or len(site.active) != 1 or site.active[0] > 1:
+        return None
+    if len(site.inputs) > 3 or (site.node.op == "Einsum" and len(site.inputs) != 2):
+        return None
+    return Layer(site, rule, site.active[0], 2)
+
+
+__all__ = ["Layer", "layer_of"]
