@@ -10,6 +10,7 @@ from onnx_attrib.errors import (
     RuntimeMissingError,
     UnsupportedOpError,
 )
+from onnx_attrib.patterns import fit_patterns
 from onnx_attrib.runtime import Explainer, Explanation
 from onnx_attrib.version import VERSION
 
@@ -28,5 +29,6 @@ __all__ = [
     "UnsupportedOpError",
     "__version__",
     "compile",
+    "fit_patterns",
     "methods",
 ]

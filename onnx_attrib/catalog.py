@@ -56,7 +56,7 @@ def describe(method: Method) -> MethodInfo:
         paper=method.paper,
         complete=method.complete,
         needs_reference=method.needs_reference,
-        signed=method.signed,
+        signed=method.is_signed(method.parse({})),
         options=tuple(
             OptionInfo(o.name, o.default, o.help, o.choices, o.minimum) for o in method.options
         ),

@@ -15,20 +15,25 @@ from onnx_attrib.job import Baseline, Choice, Job, Request, Target, Targets
 from onnx_attrib.methods import METHODS, Method
 from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source, load
+from onnx_attrib.passes.average import average
 from onnx_attrib.passes.cluster import cluster
 from onnx_attrib.passes.describe import describe
 from onnx_attrib.passes.differentiate import differentiate
 from onnx_attrib.passes.finalize import finalize
-from onnx_attrib.passes.integrate import integrate
+from onnx_attrib.passes.front import front
+from onnx_attrib.passes.localize import localize
 from onnx_attrib.passes.merge import merge
 from onnx_attrib.passes.normalize import normalize
+from onnx_attrib.passes.perturb import perturb
 from onnx_attrib.passes.postprocess import postprocess
 from onnx_attrib.passes.quantized import mark, unmark
 from onnx_attrib.passes.recognize import recognize
+from onnx_attrib.passes.rectifiers import rectifiers
 from onnx_attrib.passes.reference import reference
 from onnx_attrib.passes.report import report
 from onnx_attrib.passes.scope import scope
 from onnx_attrib.passes.simplify import simplify
+from onnx_attrib.passes.substitute import substitute
 from onnx_attrib.passes.target import target as choose_target
 
 Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
@@ -143,7 +148,7 @@ def prepare(
         baseline=_loaded_baseline(baseline),
         delta=delta,
         source="",
-        reduce=_checked_reduce(reduce),
+        reduce=checked_reduce(reduce),
         normalize=bool(normalize),
     )
     return run(load(model), request)
@@ -151,22 +156,32 @@ def prepare(
 
 def chosen(method: Methods, options: Mapping[str, Any]) -> tuple[Choice, ...]:
     """The methods asked for with their options; OptionError if one is unknown or named twice."""
-    if isinstance(method, str):
-        one = method_named(method)
-        return (Choice(one, one.parse(options)),)
-    own = method if isinstance(method, Mapping) else {name: {} for name in method}
-    found = {method_named(name): given for name, given in own.items()}
-    if not found or len(found) != len(method):
+    names = (method,) if isinstance(method, str) else method
+    own = names if isinstance(names, Mapping) else {name: {} for name in names}
+    found = {method_named(name): _spelled(given) for name, given in own.items()}
+    if not found or len(found) != len(names):
         raise OptionError("no method was named" if not found else "a method is named twice")
-    spelled = {name.replace("-", "_"): value for name, value in options.items()}
-    for name in spelled:
-        if not any(one.has(name) for one in found):
-            known = sorted({option.name for one in found for option in one.options})
+    common = _spelled(options)
+    if len(found) == 1:
+        ((one, given),) = found.items()
+        return (Choice(*one.chosen({**common, **given})),)
+    # What a method's own options make of it decides which of the common ones it has.
+    made = {
+        one: one.chosen({k: v for k, v in {**common, **given}.items() if one.has(k)})[0]
+        for one, given in found.items()
+    }
+    for name in common:
+        if not any(one.has(name) for one in made.values()):
+            known = sorted({option.name for one in made.values() for option in one.options})
             raise OptionError(f"no method here has an option '{name}': {suggest(name, known)}")
     return tuple(
-        Choice(one, one.parse({**{k: v for k, v in spelled.items() if one.has(k)}, **given}))
+        Choice(*one.chosen({**{k: v for k, v in common.items() if made[one].has(k)}, **given}))
         for one, given in found.items()
     )
+
+
+def _spelled(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace("-", "_"): value for name, value in options.items()}
 
 
 def run(loaded: tuple[ModelProto, str], request: Request) -> Job:
@@ -186,9 +201,13 @@ def transform(job: Job) -> None:
         part = job.explaining(choice)
         for apply in COMPARING:
             apply(part)
-        for seed in part.seeds:
-            part.seed = seed
-            _means(part.method)(part)
+        if part.method.perturbs:
+            perturb(part)  # what is evaluated serves all targets
+        else:
+            for seed in part.seeds:
+                part.seed = seed
+                _means(part.method)(part)
+        rectifiers(part)
         postprocess(part)
         finalize(part)
     for apply in FINISHING:
@@ -197,13 +216,15 @@ def transform(job: Job) -> None:
 
 def _means(method: Method) -> Pass:
     """How the method comes to its attributions."""
-    return integrate if method.path else differentiate
+    if method.map:
+        return localize
+    return average if method.draws else differentiate
 
 
 Pass = Callable[[Job], None]
 
 PREPARING: tuple[Pass, ...] = (mark, scope, choose_target)
-COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, merge, report)
+COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, merge, front, substitute, report)
 FINISHING: tuple[Pass, ...] = (unmark, simplify, describe)
 
 
@@ -236,7 +257,8 @@ def _checked_targets(targets: Any) -> Targets | None:
     return tuple(int(k) for k in targets)
 
 
-def _checked_reduce(reduce: Any) -> dict[str | int, str]:
+def checked_reduce(reduce: Any) -> dict[str | int, str]:
+    """How each axis is reduced, from ``"AXIS=HOW"`` or a mapping; OptionError if one is unknown."""
     if reduce is None:
         return {}
     if isinstance(reduce, str):
@@ -289,4 +311,4 @@ def _loaded_baseline(baseline: Any) -> Baseline:
     return {name: loaded[name] for name in loaded.files}
 
 
-__all__ = ["CompileError", "compile", "prepare"]
+__all__ = ["CompileError", "checked_reduce", "chosen", "compile", "prepare"]

@@ -26,6 +26,9 @@ class RuntimeMissingError(CompileError):
     """ONNX Runtime (or a plotting library) is not installed; the message names the extra."""
 
 
+WITHOUT = "The method 'occlusion' needs no derivatives."
+
+
 @dataclass(frozen=True)
 class Offence:
     """One node that cannot be handled, and why."""
@@ -52,8 +55,7 @@ class UnsupportedOpError(CompileError):
         count = len(self.offences)
         head = f"{count} node{'s' if count > 1 else ''} cannot be differentiated:"
         lines = [head, *(f"  {offence}" for offence in self.offences)]
-        if advice:
-            lines.append(advice)
+        lines.append(f"{advice} {WITHOUT}".strip())
         super().__init__("\n".join(lines))
 
 

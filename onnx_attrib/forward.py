@@ -13,7 +13,7 @@ from onnx_attrib.errors import CompileError
 from onnx_attrib.feeds import Array, line
 from onnx_attrib.ir import captured_names, subgraphs
 from onnx_attrib.recipe import Recipe
-from onnx_attrib.session import open_session
+from onnx_attrib.session import open_session, run_session
 
 
 class Forward:
@@ -41,7 +41,8 @@ class Forward:
         """The outputs; feeds that nothing here reads are left out."""
         read = {name: value for name, value in feeds.items() if name in self.reads}
         try:
-            return [np.asarray(y) for y in self._session.run(self._outputs, read, self._quiet)]
+            found = run_session(self._session, self._outputs, read, self._quiet)
+            return [np.asarray(y) for y in found]
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise CompileError(f"ONNX Runtime failed to run the model: {line(error)}") from None
 

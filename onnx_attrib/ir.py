@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_attrib.errors import ModelError
 from onnx_attrib.protos import (
@@ -42,6 +43,14 @@ Dim = int | str | None
 Shape = tuple[Dim, ...]
 
 _SMALL = 4096
+_BFLOAT16 = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
+_MOVES_SIXTEEN_BITS = frozenset(
+    """
+    Cast Concat Flatten Gather GatherElements GatherND Identity IsNaN Reshape ScatterElements
+    ScatterND Shape Slice Split Squeeze Transpose Unsqueeze If Loop Scan
+    """.split()
+)
+"""Operators that onnxruntime's CPU kernels, too, take in bfloat16 (or that have a body)."""
 INTERNAL = "onnx_attrib"
 """The domain of operators that never leave the compiler: see :func:`spelled_out`."""
 
@@ -49,6 +58,10 @@ INTERNAL = "onnx_attrib"
 def is_float(dtype: Any) -> bool:
     """Whether ``dtype`` is one that can carry a derivative (float16/32/64, bfloat16)."""
     return dtype is not None and (np.dtype(dtype).kind == "f" or np.dtype(dtype).name == "bfloat16")
+
+
+def _is_bfloat16(tensor: Tensor) -> bool:
+    return tensor.dtype is not None and np.dtype(tensor.dtype) == _BFLOAT16
 
 
 def is_integer(dtype: Any) -> bool:
@@ -163,15 +176,15 @@ class Graph:
         self._graph_metadata = list(model.graph.metadata_props)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         kept = [self._set_aside(node) for node in model.graph.node]
-        self.gs = gs.import_onnx(model)
+        with G_LOGGER.suppress(G_LOGGER.ERROR):
+            self.gs = gs.import_onnx(model)
         for tensor in self.gs.tensors().values():
             if isinstance(tensor.dtype, int):
                 # graphsurgeon leaves types that plain numpy lacks as enumeration values.
                 # (Undefined: a sequence or a map.)
                 code = tensor.dtype
-                tensor_dtype = helper.tensor_dtype_to_np_dtype(code) if code else None
-                if not isinstance(tensor, gs.Constant):
-                    tensor.dtype = tensor_dtype
+                holder = tensor._values if isinstance(tensor, gs.Constant) else tensor
+                holder.dtype = helper.tensor_dtype_to_np_dtype(code) if code else None
         self._tensors: dict[str, Tensor] = dict(self.gs.tensors())
         for node, proto in zip(self.gs.nodes, kept, strict=True):
             if proto is not None:
@@ -181,6 +194,8 @@ class Graph:
         self._names |= {name for proto in kept if proto for name in inner_names(proto)}
         self._counters: dict[str, int] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Tensor] = {}
+        self._wide: dict[str, Tensor] = {}
+        """In float32, what was emitted and then rounded to bfloat16."""
         self._sink: list[Node] = self.gs.nodes
         self.op = Emitter(self)
 
@@ -311,8 +326,10 @@ class Graph:
     ) -> Any:
         """Append a node; see :class:`Emitter`. Shapes and types come from ONNX's inference."""
         inputs = self._operands(operands)
-        if attrs.get("reduction") == "add" and is_narrow(inputs[0].dtype):
-            # Many entries summed into one: float16 loses digits, and the CPU has no kernel for it.
+        if op_type not in _MOVES_SIXTEEN_BITS and any(map(_is_bfloat16, inputs)):
+            return self._emit_wide(op_type, inputs, outputs, stem, attrs)
+        if attrs.get("reduction") in ("add", "mul") and is_narrow(inputs[0].dtype):
+            # Many entries brought into one: float16 loses digits, and the CPU has no kernel for it.
             wide = [self.op.Cast(inputs[i], to=np.dtype(np.float32)) for i in (0, 2)]
             total = self.emit(op_type, wide[0], inputs[1], wide[1], stem=stem, **attrs)
             return self.op.Cast(total, to=self.dtype(inputs[0]))
@@ -333,6 +350,30 @@ class Graph:
             self._tensors[tensor.name] = tensor
         self._sink.append(node)
         return results[0] if outputs == 1 else tuple(results)
+
+    def _emit_wide(
+        self, op_type: str, inputs: Sequence[Tensor], outputs: int, stem: str, attrs: Any
+    ) -> Any:
+        """In float32, between casts: onnxruntime's CPU kernels only move bfloat16."""
+        wide = [self._widened(tensor) if _is_bfloat16(tensor) else tensor for tensor in inputs]
+        found = self.emit(op_type, *wide, outputs=outputs, stem=stem, **attrs)
+        results = [found] if outputs == 1 else found
+        narrow = [self._narrowed(t) if t.dtype == np.float32 else t for t in results]
+        return narrow[0] if outputs == 1 else tuple(narrow)
+
+    def _narrowed(self, tensor: Tensor) -> Tensor:
+        narrow: Tensor = self.op.Cast(tensor, to=_BFLOAT16)
+        self._wide[narrow.name] = tensor
+        return narrow
+
+    def _widened(self, tensor: Tensor) -> Tensor:
+        if tensor.name in self._wide:
+            # What is computed here is not rounded on the way.
+            return self._wide[tensor.name]
+        if isinstance(tensor, gs.Constant):
+            return self.constant(tensor.values.astype(np.float32))
+        wide: Tensor = self.op.Cast(tensor, to=np.dtype(np.float32))
+        return wide
 
     @staticmethod
     def _attribute(value: Any) -> Any:
@@ -454,6 +495,22 @@ class Graph:
             if len(fixed) < len(node.outputs):
                 self._sink.append(copy)
         return Values(mapping)
+
+    def repeat(
+        self, node: Node, inputs: Sequence[Tensor | None], like: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The outputs of a node for other inputs; they have the types and shapes of ``like``."""
+        copy = gs.Node(
+            node.op,
+            self.fresh(f"{node.name or node.op}/copy"),
+            dict(node.attrs),
+            [gs.Variable.empty() if x is None else x for x in inputs],
+            [self._copy_tensor(t, {}) for t in like],
+            node.domain,
+        )
+        self._copy_extras(node, copy, {})
+        self._sink.append(copy)
+        return list(copy.outputs)
 
     def _copy_tensor(self, tensor: Tensor, dims: Mapping[str, Dim]) -> Tensor:
         if not tensor.name:
@@ -689,8 +746,10 @@ class Graph:
                     present.add(tensor.name)
                     model.graph.initializer.append(OnnxExporter.export_tensor_proto(tensor))
         for info in model.graph.output:
-            if info.name in self._interface:
-                info.CopyFrom(self._interface[info.name])
+            declared = self._interface.get(info.name)
+            # A file may declare another rank than its outputs have.
+            if declared is not None and _rank(declared) in (None, _rank(info)):
+                info.CopyFrom(declared)
         del model.graph.value_info[:]
         model.graph.metadata_props.extend(self._graph_metadata)
         model.MergeFrom(self._header)
@@ -722,6 +781,11 @@ def _declaration(tensor: Tensor) -> onnx.ValueInfoProto:
     """
     free = gs.Variable(tensor.name, tensor.dtype, tensor.shape and [None] * len(tensor.shape))
     return OnnxExporter.export_value_info_proto(free, True)
+
+
+def _rank(info: onnx.ValueInfoProto) -> int | None:
+    kind = info.type.tensor_type
+    return len(kind.shape.dim) if kind.HasField("shape") else None
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values
+from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values, is_float
 from onnx_attrib.methods.base import Method, Table
 
 Target = str | int | tuple[int, ...]
@@ -85,6 +85,42 @@ class Cluster:
     """What the operator reads besides the root: merged weights."""
     piecewise: bool = False
     """Whether the nonlinearity is piecewise linear."""
+    rectifier: bool = False
+    """Whether it is a ReLU or its kin."""
+
+
+@dataclass
+class Background:
+    """K references, of which each draw of a method has one.
+
+    ``sources``: what they replace; ``rows``: by its name, [K, …]; ``region``: the nodes between it
+    and the explained output or attributed tensors; ``shared``: one row may serve all samples;
+    ``count``: K, int64 [1] if it is known at run time only.
+    """
+
+    sources: list[Tensor]
+    region: list[Node]
+    rows: dict[str, Tensor]
+    shared: bool
+    count: int | Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """The float tensors that change with the reference."""
+        computed = [t for node in self.region for t in node.outputs if t.name]
+        return [t for t in (*self.sources, *computed) if is_float(t.dtype)]
+
+
+@dataclass
+class Front:
+    """Where the model begins: what no layer with weights precedes.
+
+    ``sources``: the attributed tensors, of several in a row the first; ``nodes``: sorted, those before the first layers;
+    ``names``: the tensors that they compute or read, constants aside.
+    """
+
+    sources: list[Tensor]
+    nodes: list[Node]
+    names: set[str]
 
 
 @dataclass
@@ -110,11 +146,17 @@ class Job:
     """The reference value of each attributed tensor, by name."""
     reference: Values | None = None
     reference_dims: dict[str, Dim] = field(default_factory=dict)
+    background: Background | None = None
+    expected: Tensor | None = None
+    """With a background: the output's mean over the references, of batch 1 or N."""
     clusters: dict[str, Cluster] = field(default_factory=dict)
+    front: Front | None = None
     parts: list[Job] = field(default_factory=list)
     """The jobs of the methods."""
     attributions: list[dict[str, Tensor]] = field(default_factory=list)
     """For each seed so far, the attribution of each attributed tensor by name."""
+    met: dict[str, dict[str, None]] = field(default_factory=dict)
+    """Operators that the sweeps met, by what treatments called them."""
     shown: list[dict[str, Tensor]] = field(default_factory=list)
     """The same, reduced and normalized as asked for."""
 
@@ -150,4 +192,4 @@ class Job:
         )
 
 
-__all__ = ["Baseline", "Choice", "Cluster", "Job", "Request", "Scope", "Target", "Targets"]
+__all__ = ["Background", "Baseline", "Choice", "Cluster", "Job", "Request", "Scope", "Target", "Targets"]

@@ -1,4 +1,7 @@
-"""Types of ai.onnx.ml outputs: ONNX infers none for most operators of that domain."""
+"""Types that ONNX does not infer: of most ai.onnx.ml operators, and of STFT.
+
+(Of an STFT it infers nothing, not even the rank, unless the length of the signal is known.)
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,15 @@ Dim = int | str | None
 
 
 def complete(graph: GraphProto, types: Mapping[str, TypeProto]) -> bool:
-    """Declare what ``types`` (by tensor name) lack of ai.onnx.ml outputs; True if anything."""
+    """Declare what ``types`` (by tensor name) lack of such outputs; True if anything."""
     added = False
     for node in graph.node:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN and (node.domain or node.op_type != "STFT"):
             continue
         inputs = [_shape(types.get(name)) for name in node.input]
-        known = [name in types for name in node.input]
-        for name, found in zip(node.output, _outputs(node, inputs), strict=False):
+        known = [name in types for name in node.input if name]
+        results = _outputs(node, inputs) if node.domain else [_spectra(node, types, inputs)]
+        for name, found in zip(node.output, results, strict=False):
             if not name or found is None or not all(known) or _shape(types.get(name)) is not None:
                 continue
             kind, shape = found
@@ -47,6 +51,21 @@ def _shape(kind: TypeProto | None) -> list[Dim] | None:
         d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
         for d in kind.tensor_type.shape.dim
     ]
+
+
+def _spectra(
+    node: NodeProto, types: Mapping[str, TypeProto], inputs: list[list[Dim] | None]
+) -> tuple[int, list[Dim] | None] | None:
+    """Of STFT: [batch, frames, bins, 2], in the type of the signal."""
+    signal = types.get(node.input[0])
+    if signal is None:
+        return None
+    window = inputs[2] if len(inputs) > 2 else None
+    bins = window[0] if window else None
+    if isinstance(bins, int) and all(a.i for a in node.attribute if a.name == "onesided"):
+        bins = bins // 2 + 1
+    batch = inputs[0][0] if inputs[0] else None
+    return signal.tensor_type.elem_type, [batch, None, bins, 2]
 
 
 def _outputs(

@@ -1,9 +1,9 @@
 """Random numbers inside the graph, the same on every execution provider and in every run.
 
 Counter-based: entry i of draw d is a hash of (seed, stream, d, i) and of nothing else. The hash is
-a keyed permutation of the numbers below a prime p: three rounds z → (z + k)³ mod p, the last followed
-by one more key. All products stay below 2⁶³, so it needs only int64 Add, Mul and Mod. The keys come
-from SHA-256 of the text "seed/stream/draw", eight bytes each.
+a keyed permutation of the numbers below a prime p: three rounds z → (z + k)³ mod p, the last
+followed by one more key. All products stay below 2⁶³, so it needs only int64 Add, Mul and Mod. The
+keys come from SHA-256 of the text "seed/stream/draw", eight bytes each.
 
 Uniform numbers are z / p. Normal ones come in pairs from pairs of these (Box and Muller 1958):
 √(−2 ln u₁)·cos 2πu₂ and √(−2 ln u₁)·sin 2πu₂ with u₁ = u[2j], u₂ = u[2j+1].
@@ -34,8 +34,11 @@ def keys(seed: int, stream: str, draws: int) -> np.ndarray:
     return np.array(rows, np.int64).reshape(draws, KEYS)
 
 
-def uniform(graph: Graph, keys: Tensor, count: Tensor) -> Tensor:
-    """Uniform float32 in (0, 1), [draws, count], from ``keys`` [draws, 4] and ``count`` int64 []."""
+def numbers(graph: Graph, keys: Tensor, count: Tensor) -> Tensor:
+    """Whole numbers below ``PRIME``, int64 [draws, count], all different within a draw.
+
+    ``keys``: [draws, 4]; ``count``: int64 [], less than ``PRIME``.
+    """
     op = graph.op
     places = op.Range(graph.constant(0, np.int64), count, graph.constant(1, np.int64))
     columns = op.Split(keys, axis=1, num_outputs=KEYS, outputs=KEYS)
@@ -43,6 +46,13 @@ def uniform(graph: Graph, keys: Tensor, count: Tensor) -> Tensor:
     for key in columns[1:]:
         square = op.Mod(op.Mul(z, z), PRIME)
         z = op.Mod(op.Add(op.Mul(square, z), key), PRIME)
+    result: Tensor = z
+    return result
+
+
+def uniform(graph: Graph, keys: Tensor, count: Tensor) -> Tensor:
+    """Uniform float32 in (0, 1), [draws, count], from the same as :func:`numbers`."""
+    op, z = graph.op, numbers(graph, keys, count)
     fraction = op.Mul(op.Cast(z, to=np.dtype(np.float32)), 1 / PRIME)
     result: Tensor = op.Clip(fraction, _LOWEST, _HIGHEST)
     return result
@@ -61,4 +71,4 @@ def normal(graph: Graph, keys: Tensor, count: Tensor) -> Tensor:
     return result
 
 
-__all__ = ["KEYS", "PRIME", "keys", "normal", "uniform"]
+__all__ = ["KEYS", "PRIME", "keys", "normal", "numbers", "uniform"]

@@ -17,6 +17,7 @@ from onnx import ModelProto
 
 from onnx_attrib.errors import CompileError, OptionError, suggest
 from onnx_attrib.feeds import Array, Port, check_range, fit, integers, line
+from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source
 from onnx_attrib.session import (
     Provider,
@@ -25,6 +26,7 @@ from onnx_attrib.session import (
     port_of,
     providers_for,
     recipe_of,
+    run_session,
 )
 
 Arrays = Mapping[str, npt.ArrayLike]
@@ -37,12 +39,13 @@ class Explanation:
     ``attributions``: by tensor name, each of the tensor's shape. ``outputs``: the model's own
     outputs by name. ``delta``: ``convergence_delta``, [N], or None if the model was compiled
     without it. ``by_method`` and ``delta_by_method``: attributions and deltas of each method;
-    ``attributions`` and ``delta`` are those of the first. ``prediction``: the largest class at each position, [N] (or [N, …] for outputs of
-    rank > 2); None for outputs with one value a sample. ``target``: what was explained, [N] (or
-    [N, r-1] for rank r > 2); None for a seed and for outputs with one value a sample. ``score``:
-    S, [N]. Prediction, score and a target chosen by the model are None where the explained
-    tensor is not among the model's outputs. Where a model explains k targets at once, target,
-    score and deltas are [N, k], and attributions have an axis of k after the batch's.
+    ``attributions`` and ``delta`` are those of the first. ``prediction``: the largest class at
+    each position, [N] (or [N, …] for outputs of rank > 2); None for outputs with one value a
+    sample. ``target``: what was explained, [N] (or [N, r-1] for rank r > 2); None for a seed and
+    for outputs with one value a sample. ``score``: S, [N]. Prediction, score and a target chosen
+    by the model are None where the explained tensor is not among the model's outputs. Where a
+    model explains k targets at once, target, score and deltas are [N, k], and attributions have an
+    axis of k after the batch's.
     """
 
     attributions: dict[str, Array]
@@ -65,8 +68,8 @@ class Explainer:
     >>> result.attributions["x"], result.outputs["logits"]
 
     ``methods``, ``options``, ``output``, ``target``, ``targets`` and ``baseline`` say how it was
-    compiled (``recipe`` has it all), ``attributed`` what is attributed, ``inputs`` and ``outputs`` are the model's own.
-    Calls from several threads are safe.
+    compiled (``recipe`` has it all), ``attributed`` what is attributed, ``inputs`` and ``outputs``
+    are the model's own. Calls from several threads are safe.
     """
 
     def __init__(self, model: Source, providers: Sequence[Provider] | None = None) -> None:
@@ -172,6 +175,11 @@ class Explainer:
         return self.recipe.baseline
 
     @property
+    def background(self) -> bool:
+        """Whether the baseline is a background of K samples, [K, …]."""
+        return any(method_named(name).background for name in self.methods)
+
+    @property
     def baselines(self) -> tuple[str, ...]:
         """The inputs that a call must give a baseline for."""
         return tuple(self._baselines)
@@ -231,7 +239,9 @@ class Explainer:
         self._add_seed(feeds, seed, batch)
         values = dict(zip(self._results, self._run(feeds), strict=True))
         by_method = {
-            method: {name: values[self.recipe.attribution(name, method)] for name in self.attributed}
+            method: {
+                name: values[self.recipe.attribution(name, method)] for name in self.attributed
+            }
             for method in self.methods
         }
         deltas = {
@@ -260,7 +270,7 @@ class Explainer:
 
     def _run(self, feeds: Mapping[str, Array]) -> list[Array]:
         try:
-            return list(self._session.run(self._results, dict(feeds)))
+            return run_session(self._session, self._results, feeds)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise CompileError(f"ONNX Runtime failed to run the model: {line(error)}") from None
 
@@ -370,6 +380,17 @@ class Explainer:
             "to choose the target at run time, compile it with target 'input'"
         )
 
+    def _sized(self, name: str, array: Array, given: Mapping[str, Any]) -> Array:
+        """A background with as many samples as the others have."""
+        shapes = {key: np.shape(value) for key, value in given.items()}
+        counts = {key: shape[0] if shape else 1 for key, shape in shapes.items()}
+        count = max(counts.values())
+        if not count or array.shape[0] not in (1, count):
+            raise OptionError(
+                f"the backgrounds must have as many samples each, one or more; they have {counts}"
+            )
+        return np.broadcast_to(array, (count, *array.shape[1:]))
+
     def _add_baselines(
         self,
         feeds: dict[str, Array],
@@ -412,7 +433,9 @@ class Explainer:
             if array.ndim == 0:
                 array = np.broadcast_to(array, (1, *like.shape[1:]) if like.ndim else ())
             array = fit(Port(f"baseline of '{name}'", port.dtype, (None, *like.shape[1:])), array)
-            if array.ndim and array.shape[0] not in (1, like.shape[0]):
+            if self.background:
+                array = self._sized(name, array, given)
+            elif array.ndim and array.shape[0] not in (1, like.shape[0]):
                 raise OptionError(
                     f"the baseline of '{name}' holds {array.shape[0]} samples; it must hold 1 or "
                     f"{like.shape[0]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -106,10 +108,40 @@ def recipe_of(metadata: Mapping[str, str], name: str) -> Recipe:
     return recipe
 
 
+def run_session(
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], options: Any = None
+) -> list[Any]:
+    """The outputs, also in bfloat16, which ONNX Runtime does not convert to and from numpy."""
+    arguments = [*session.get_inputs(), *session.get_outputs()]
+    if not any(argument.type == _SIXTEEN for argument in arguments):
+        return list(session.run(list(outputs), dict(feeds), options))
+    held = {name: _ort_value(np.asarray(value)) for name, value in feeds.items()}
+    return [_array(y) for y in session.run_with_ort_values(list(outputs), held, options)]
+
+
+def _ort_value(array: np.ndarray) -> Any:
+    values = onnxruntime().OrtValue
+    if array.dtype != _bfloat16():
+        return values.ortvalue_from_numpy(array)
+    code = onnx.TensorProto.BFLOAT16
+    return values.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), code)
+
+
+def _array(value: Any) -> Any:
+    if value.data_type() != _SIXTEEN:
+        return value.numpy()
+    shape = tuple(value.shape())
+    memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    return np.array(memory, np.uint16).view(_bfloat16()).reshape(shape)
+
+
 def port_of(argument: Any) -> Port:
     kind = str(argument.type)
     shape = argument.shape or ()
     return Port(str(argument.name), _DTYPES.get(kind), tuple(shape))
+
+
+_SIXTEEN = "tensor(bfloat16)"
 
 
 def _bfloat16() -> np.dtype[Any]:
@@ -120,7 +152,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
     "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": _bfloat16(),
+    _SIXTEEN: _bfloat16(),
     "tensor(bool)": np.dtype(np.bool_),
     **{f"tensor({np.dtype(t).name})": np.dtype(t) for t in ("i1", "i2", "i4", "i8")},
     **{f"tensor({np.dtype(t).name})": np.dtype(t) for t in ("u1", "u2", "u4", "u8")},

@@ -10,16 +10,23 @@ most scalar arithmetic between them (log(1 + e^z)), is one. A constant for each 
 is a layer of its own and ends the chain, and so does a sum before the first nonlinearity, which may
 be a layer's bias.
 
+Methods that change ReLUs only ask for regions that are one: Where(x > 0, x, 0), (x + |x|) / 2,
+Max(x, x/10). What a region is, its values at a few numbers tell.
+
 Precondition: scope. Postcondition: ``job.clusters`` maps a region's last output to the region.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from onnx_attrib import rules
-from onnx_attrib.ir import Graph, Node, Tensor
+from onnx_attrib.ir import OPSET, Graph, Node, Tensor
 from onnx_attrib.job import Cluster, Job
 from onnx_attrib.rules.broadcast import same_shape
 
@@ -33,6 +40,8 @@ _POINTWISE = frozenset(
 _ARITHMETIC = frozenset("Add Sub Mul Div Neg Identity".split())
 _INVERSE = frozenset({"Div", "Reciprocal"})
 _LARGEST = 64
+_PROBES = np.array([-64, -9, -1, -0.25, -0.01, 0, 0.01, 0.25, 1, 9, 64])
+_CLOSE = 5e-3
 
 
 @dataclass
@@ -65,7 +74,7 @@ def cluster(job: Job) -> None:
 
 
 def find(stretch: Stretch, kind: str) -> dict[str, Cluster]:
-    """The clusters of a stretch by their last output; ``kind`` is "regions" or "chains"."""
+    """The clusters of a stretch by their last output; ``kind`` as for ``Method.clusters``."""
     for node in stretch.nodes:
         operands = [t for t in node.inputs if t.name in stretch.varying]
         if len(operands) < 2 or not _pointwise(node):
@@ -75,7 +84,59 @@ def find(stretch: Stretch, kind: str) -> dict[str, Cluster]:
             stretch.found[found.output.name] = found
     if kind == "chains":
         _link(stretch)
+    if kind == "rectifiers":
+        regions, stretch.found = stretch.found, {}
+        for name, region in regions.items():
+            if _rectifies(stretch.graph, region):
+                stretch.found[name] = replace(region, rectifier=True)
     return stretch.found
+
+
+def _rectifies(graph: Graph, region: Cluster) -> bool:
+    """Whether a region is z from zero on and falls behind below: ReLU, LeakyReLU, PReLU, ELU, SELU.
+
+    SELU is 1.05 z; a ReLU may have any factor (x + |x|). But x + ReLU(x) is a sum with a ReLU in it.
+    """
+    rank = len(graph.shape(region.root) or ())
+    z = _PROBES.astype(graph.dtype(region.root)).reshape(-1, *[1] * (rank - 1))
+    try:
+        y = _evaluated(graph, region, z)
+    except Exception:
+        # The reference evaluator may lack a type, and sizes along the batch need not fit.
+        return False
+    if rank < 1 or y.shape[0] != z.size:
+        return False
+    z, y = (array.astype(np.float64).reshape(z.size, -1) for array in (z, y))
+    below, above = z[:, 0] < 0, z[:, 0] >= 0
+    factor = y[-1] / z[-1]
+    close = np.abs(y[above] - factor * z[above]) <= _CLOSE * np.abs(factor * z[above])
+    rising = np.diff(y[below], axis=0) >= -_CLOSE * np.abs(y[below][1:])
+    behind = y[0] > 0.99 * factor * z[0]
+    plain = (np.abs(factor - 1) < 0.1) | ((y[below] == 0).all(axis=0) & (factor > 0))
+    checks = (plain, close, y[below] <= 0, rising, behind)
+    return all(bool(np.all(check)) for check in checks)
+
+
+def _evaluated(graph: Graph, region: Cluster, z: np.ndarray) -> np.ndarray:
+    """The region's output for the values ``z`` of its root."""
+    inside = {t.name for node in region.nodes for t in node.outputs} | {region.root.name}
+    fixed = {
+        t.name: value
+        for node in region.nodes
+        for t in node.inputs
+        if t.name not in inside and (value := graph.value(t)) is not None
+    }
+    kind = helper.np_dtype_to_tensor_dtype(z.dtype)
+    proto = helper.make_graph(
+        [graph.proto(node) for node in region.nodes],
+        "region",
+        [helper.make_tensor_value_info(region.root.name, kind, z.shape)],
+        [helper.make_tensor_value_info(region.output.name, kind, None)],
+        [numpy_helper.from_array(value, name) for name, value in fixed.items()],
+    )
+    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)])
+    with np.errstate(all="ignore"):
+        return np.asarray(ReferenceEvaluator(model).run(None, {region.root.name: z})[0])
 
 
 def _link(stretch: Stretch) -> None:

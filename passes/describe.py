@@ -22,7 +22,7 @@ def describe(job: Job) -> None:
     values = {
         "version": VERSION,
         "method": ",".join(options),
-        "options": json.dumps(options if several else dict(choices[0].options)),
+        "options": json.dumps(options if several else dict(choices[0].options), default=str),
         "output": job.scope.output.name,
         "output_shape": json.dumps(job.graph.shape(job.scope.output)),
         "inputs": json.dumps(job.scope.names),

@@ -8,47 +8,95 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from typing import Any, cast
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
-from onnx_attrib.errors import Offence, UnsupportedOpError
+from onnx_attrib.errors import Offence, OptionError, UnsupportedOpError
 from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values, is_float, operands
-from onnx_attrib.job import Cluster, Job
+from onnx_attrib.job import Cluster, Front, Job, Scope
 from onnx_attrib.methods.base import GRADIENT, Shares, Table
 from onnx_attrib.passes.cluster import Stretch, find
+from onnx_attrib.passes.discarded import discarded, may_be_infinite
 from onnx_attrib.passes.simplify import share
 from onnx_attrib.rules import Composite, Elementwise, Rule, Site, Structured, Unsupported
+from onnx_attrib.rules.base import Cotangent, Pair, each, total
 from onnx_attrib.rules.broadcast import expand, is_full, refine, same_shape, unbroadcast
 
 
 def differentiate(job: Job) -> None:
     """Sweep once over the model's own values."""
     scope = job.scope
-    found = sweep_of(job).run(scope.nodes, scope.active, starts(job), scope.names)
+    found = multipliers(sweep_of(job), scope, starts(job))
     job.attribute({t.name: full(job.graph, found[t.name], t) for t in scope.inputs})
 
 
-def sweep_of(job: Job, at: Values | None = None) -> Sweep:
-    """The method's sweep over the model's own values, or over those that ``at`` gives."""
+def sweep_of(
+    job: Job,
+    at: Values | None = None,
+    reference: Values | None = None,
+    dims: Mapping[str, Dim] | None = None,
+) -> Sweep:
+    """The method's sweep over the model's own values, or over those that ``at`` gives.
+
+    ``reference``, ``dims``: the values at the baseline, if not the job's, and how symbolic
+    dimensions are renamed there.
+    """
     return Sweep(
         job.graph,
         job.table,
         Values() if at is None else at,
-        job.reference if job.method.compares else None,
+        (reference or job.reference) if job.method.compares else None,
         job.clusters,
-        job.reference_dims,
+        job.reference_dims if dims is None else dims,
         job.notes,
         job.method.clusters,
+        job.met,
+        front=job.front,
     )
 
 
-def starts(job: Job) -> dict[str, Tensor]:
-    """What a sweep of the method starts from: the seed, or the seeded value of the output."""
-    output, start = job.scope.output, job.seed
+def starts(job: Job, at: Values | None = None, seed: Tensor | None = None) -> dict[str, Tensor]:
+    """What a sweep of the method starts from: the seed, or the seeded value of the output.
+
+    ``at`` and ``seed``: the values that the sweep is over and the seed there, if not the model's.
+    """
+    output = job.scope.output
+    start = job.seed if seed is None else seed
     if job.method.starts == "value":
-        start = job.graph.op.Mul(job.seed, output)
+        start = job.graph.op.Mul(start, output if at is None else at(output))
     return {output.name: start}
+
+
+def multipliers(sweep: Sweep, scope: Scope, seeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the sweep finds for each attributed tensor: zeros, with a note, where nothing arrives."""
+    found = sweep.run(scope.nodes, scope.active, seeds, scope.names)
+    for tensor in scope.inputs:
+        if tensor.name not in found:
+            sweep.note(f"nothing flows back to '{tensor.name}': its attribution is zero everywhere")
+            zero = np.zeros((), sweep.graph.dtype(tensor))
+            found[tensor.name] = filled(sweep.graph, sweep.at(tensor), zero)
+    return found
+
+
+def filled(graph: Graph, like: Tensor, value: np.ndarray) -> Tensor:
+    """``value``, broadcast to the shape of ``like`` and in its dtype."""
+    shape = graph.shape(like)
+    given = value.shape[::-1]
+    if shape is not None and (
+        len(given) > len(shape)
+        or any(n not in (1, d) for n, d in zip(given, shape[::-1], strict=False) if isinstance(d, int))
+    ):
+        wanted = ", ".join("?" if d is None else str(d) for d in shape)
+        raise OptionError(
+            f"an array of shape {list(value.shape)} does not fit '{like.name}', [{wanted}]"
+        )
+    result = graph.op.Expand(np.asarray(value, graph.dtype(like)), graph.op.Shape(like))
+    result.shape = like.shape
+    return result
 
 
 def full(graph: Graph, m: Tensor, like: Tensor) -> Tensor:
@@ -63,7 +111,7 @@ class Sweep:
     ``at`` gives the region's tensors at the point explained, ``reference`` at the baseline
     (``reference_dims``: how symbolic dimensions are renamed there). ``notes`` collects what the
     user should know about the result. ``clustering``: what counts as one nonlinearity in the
-    definitions and bodies that the sweep goes through.
+    definitions and bodies that the sweep goes through. ``met``: operators that it met, by kind.
     """
 
     graph: Graph
@@ -74,6 +122,17 @@ class Sweep:
     reference_dims: Mapping[str, Dim] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     clustering: str = ""
+    met: dict[str, dict[str, None]] = field(default_factory=dict)
+    discarded: set[str] = field(default_factory=set)
+    """Tensors of which a Where may discard entries."""
+    front: Front | None = None
+    """What no layer with weights precedes, for methods that look at weights."""
+    kept: dict[Any, Any] = field(default_factory=dict)
+    """What treatments found out about tensors and need again."""
+    sources: dict[str, Node] = field(default_factory=dict)
+    """The node that computes each tensor of the region swept."""
+    active: set[str] = field(default_factory=set)
+    """Tensors of the region that carry attribution."""
 
     def run(
         self,
@@ -88,7 +147,9 @@ class Sweep:
         the cotangents to start from. Raises UnsupportedOpError with every node that no rule can
         handle.
         """
-        pending = {name: [seed] for name, seed in seeds.items()}
+        pending: dict[str, list[Cotangent]] = {name: [seed] for name, seed in seeds.items()}
+        self.sources, self.active = {t.name: n for n in nodes for t in n.outputs if t.name}, active
+        self.discarded = discarded(nodes, self.discarded)
         wanted = set(wanted)
         result: dict[str, Tensor] = {}
         offences: list[Offence] = []
@@ -96,9 +157,9 @@ class Sweep:
             if not any(t.name in pending for t in node.outputs):
                 continue
             cotangents = [self._total(pending.pop(t.name, [])) for t in node.outputs]
-            for tensor, total in zip(node.outputs, cotangents, strict=True):
-                if total is not None and tensor.name in wanted:
-                    result[tensor.name] = total
+            for tensor, arrived in zip(node.outputs, cotangents, strict=True):
+                if arrived is not None and tensor.name in wanted:
+                    result[tensor.name] = self._joined(arrived)
             site, rule = self._site(node, cotangents, active)
             if not site.active:
                 continue
@@ -116,10 +177,32 @@ class Sweep:
         if offences:
             raise UnsupportedOpError(offences[::-1])
         for name in wanted & pending.keys():
-            total = self._total(pending[name])
-            if total is not None:
-                result[name] = total
+            arrived = self._total(pending[name])
+            if arrived is not None:
+                result[name] = self._joined(arrived)
         return result
+
+    def made(self, tensor: Tensor) -> tuple[Site, Rule] | None:
+        """The site that computes a tensor of the region from attributed ones, and its rule."""
+        node = self.sources.get(tensor.name)
+        if node is None:
+            return None
+        site, rule = self._site(node, [None] * len(node.outputs), self.active)
+        return None if rule is None or not site.active else (site, rule)
+
+    def again(self, site: Site, inputs: Mapping[int, Tensor]) -> Site:
+        """The site at other values of some inputs, with what it computes from them."""
+        cluster = self.clusters.get(site.node.outputs[0].name)
+        given = tuple(inputs.get(i, x) for i, x in enumerate(site.inputs))
+        if cluster is not None and cluster.stand_in is None:
+            outputs = [self._inside(cluster, inputs[0])(cluster.output)]
+        else:
+            outputs = self.graph.repeat(site.node, given, site.outputs)
+        return replace(site, inputs=given, outputs=outputs, reference=None)
+
+    def using(self, table: Table) -> Sweep:
+        """The sweep by another table."""
+        return replace(self, table=table)
 
     def decompose(self, site: Site, rule: Composite, table: Table | None = None) -> Shares:
         """Sweep through the operator's definition, emitted at both points."""
@@ -159,6 +242,9 @@ class Sweep:
         inner = Sweep(
             graph, table or self.table, at, reference, {}, self.reference_dims, self.notes
         )
+        inner.met, inner.front = self.met, self.front
+        if site.discarded:
+            inner.discarded = {y.name for y in outputs if y is not None}
         if self.clustering and table is None:
             inner.clustering = self.clustering
             inner.clusters = self._clusters(site, nodes, active)
@@ -190,8 +276,38 @@ class Sweep:
         if message not in self.notes:
             self.notes.append(message)
 
+    def first(self, site: Site) -> bool:
+        """Whether no layer with weights precedes the site, for methods with ``merges``."""
+        read = operands(site.node)
+        return self.front is not None and all(read[i].name in self.front.names for i in site.active)
+
+    def bounds(self, site: Site, i: int, low: Any, high: Any) -> tuple[Tensor, Tensor]:
+        """Input ``i`` of a first site for attributed tensors at their lowest and highest value.
+
+        What is computed on the way (a factor, a mean taken off) may turn the two around. Of any
+        other site it is the input itself that has these values.
+        """
+        if self.front is None or not self.first(site):
+            return filled(self.graph, site.x(i), low), filled(self.graph, site.x(i), high)
+        tensor, op = operands(site.node)[i], self.graph.op
+        nodes = self.graph.prune(self.front.nodes, [tensor])
+        read = {t.name for node in nodes for t in self.graph.uses(node)} | {tensor.name}
+        sources = [t for t in self.front.sources if t.name in read]
+        ends = [
+            self.graph.replicate(nodes, {t.name: filled(self.graph, self.at(t), v) for t in sources})
+            for v in (low, high)
+        ]
+        left, right = (values(tensor) for values in ends)
+        if any(t.name == tensor.name for t in sources):
+            return left, right
+        return op.Min(left, right), op.Max(left, right)
+
+    def enter(self, site: Site, kind: str) -> None:
+        """Note that the site's operator was met and treated as one of a kind."""
+        self.met.setdefault(kind, {})[site.node.op] = None
+
     def _site(
-        self, node: Node, cotangents: list[Tensor | None], active: set[str]
+        self, node: Node, cotangents: list[Cotangent | None], active: set[str]
     ) -> tuple[Site, Rule | None]:
         cluster = self.clusters.get(node.outputs[0].name)
         if cluster is not None:
@@ -207,6 +323,7 @@ class Sweep:
             indices = active_inputs(node, active)
             rule = rules.lookup(node.op, node.domain, indices)
         site = self._at(node, self.at, indices, cotangents)
+        site = replace(site, discarded=node.outputs[0].name in self.discarded)
         if self.reference is not None:
             site = replace(site, reference=self._at(node, self.reference, indices, []))
         return site, rule
@@ -216,16 +333,28 @@ class Sweep:
         node: Node,
         values: Values,
         active: tuple[int, ...],
-        cotangents: Sequence[Tensor | None],
+        cotangents: Sequence[Cotangent | None],
     ) -> Site:
         inputs = tuple(values(t) if t.name else None for t in operands(node))
         outputs = tuple(values(t) for t in node.outputs)
         return Site(self.graph, node, inputs, outputs, tuple(cotangents), active)
 
+    def _inside(self, cluster: Cluster, root: Tensor) -> Values:
+        """The values in a cluster where its root has the value ``root``."""
+        for values in (self.at, self.reference):
+            if values is not None and root.name == values(cluster.root).name:
+                return values
+        key = ("inside", cluster.output.name, root.name)
+        if key not in self.kept:
+            values = self.graph.replicate(cluster.nodes, {cluster.root.name: root})
+            for tensor in (t for node in cluster.nodes for t in node.outputs):
+                values(tensor).shape = self.at(tensor).shape
+            self.kept[key] = values
+        return cast(Values, self.kept[key])
+
     def _cluster_rule(self, cluster: Cluster) -> Elementwise:
         def derivative(site: Site) -> Tensor:
-            at_point = site.x().name == self.at(cluster.root).name
-            values = self.at if at_point or self.reference is None else self.reference
+            values = self._inside(cluster, site.x())
             one = self.graph.constant(1.0, self.graph.dtype(cluster.output))
             root = cluster.root.name
             inner = Sweep(self.graph, GRADIENT, values)
@@ -234,7 +363,11 @@ class Sweep:
 
         kinked = any(_bends(node) for node in cluster.nodes)
         return Elementwise(
-            op="cluster", derivative=derivative, piecewise=cluster.piecewise, kinked=kinked
+            op="cluster",
+            derivative=derivative,
+            piecewise=cluster.piecewise,
+            kinked=kinked,
+            relu_like=lambda site: cluster.rectifier,
         )
 
     def _apply(self, site: Site, rule: Rule | None) -> Shares:
@@ -242,7 +375,7 @@ class Sweep:
             raise Unsupported("no rule for this operator with these inputs attributed")
         if not (rule.lazy and self._spans(site)):
             full = [
-                None if m is None else expand(site, m, y)
+                None if m is None else each(m, partial(expand, site, like=y))
                 for m, y in zip(site.cotangents, site.outputs, strict=True)
             ]
             site = replace(site, cotangents=full)
@@ -254,9 +387,16 @@ class Sweep:
             # In the operator's definition; the user knows only the operator.
             reasons = "; ".join(offence.reason for offence in inner.offences)
             raise Unsupported(reasons) from inner
+        if site.discarded and may_be_infinite(site, rule):
+            shares = {i: each(m, site.silenced) for i, m in shares.items()}
         if rule.broadcasts:
-            return {i: unbroadcast(site, m, site.x(i), site.y) for i, m in shares.items()}
-        return {i: self._refined(m, site.x(i)) for i, m in shares.items()}
+            return {
+                i: each(m, partial(unbroadcast, site, operand=site.x(i), output=site.y))
+                for i, m in shares.items()
+            }
+        return {
+            i: each(m, partial(self._refined, operand=site.x(i))) for i, m in shares.items()
+        }
 
     def _spans(self, site: Site) -> bool:
         """Whether no active operand is broadcast, so that a lazy cotangent may stay so."""
@@ -265,13 +405,11 @@ class Sweep:
     def _refined(self, m: Tensor, operand: Tensor) -> Tensor:
         return refine(self.graph, m, self.graph.shape(operand))
 
-    def _total(self, terms: list[Tensor]) -> Tensor | None:
-        if not terms:
-            return None
-        total = terms[0]
-        for term in terms[1:]:
-            total = self.graph.op.Add(total, term)
-        return total
+    def _total(self, terms: list[Cotangent]) -> Cotangent | None:
+        return reduce(partial(total, self.graph.op), terms) if terms else None
+
+    def _joined(self, m: Cotangent) -> Tensor:
+        return m.joined(self.graph.op) if isinstance(m, Pair) else m
 
 
 def active_inputs(node: Node, active: set[str]) -> tuple[int, ...]:
@@ -349,6 +487,7 @@ __all__ = [
     "differentiate",
     "flow",
     "full",
+    "multipliers",
     "offence",
     "starts",
     "sweep_of",

@@ -59,10 +59,13 @@ def _residual(job: Job, seed: Tensor, attributions: Mapping[str, Tensor]) -> Ten
     Where inputs and output do not lead with the same samples, one sum for all, shape [1].
     """
     graph, op, output = job.graph, job.graph.op, job.scope.output
-    if job.reference is None:
+    expected = job.expected
+    if expected is None and job.reference is not None:
+        expected = job.reference(output)
+    if expected is None:
         raise LookupError("delta without a reference")
     inner = {t.name for node in job.scope.dependent for t in node.outputs}
-    difference = op.Sub(output, job.reference(output))
+    difference = op.Sub(output, expected)
     # What an attributed tensor is computed from is counted through that tensor.
     counted = [attributions[name] for name in job.scope.names if name not in inner]
     change, *parts = _aligned(

@@ -1,9 +1,9 @@
 """Merge what follows a layer with weights, number by number, into the layer.
 
 Relevance rules, RevealCancel and pattern methods look at a layer's weights and bias. A bias that
-an exporter adds afterwards, a BatchNormalization or a factor for each channel are part of the layer
-before them: conv → norm is one convolution, MatMul → Add one dense layer. The model's own nodes stay
-as they are; the merged weights are emitted as operators on constants, which ONNX Runtime folds.
+an exporter adds afterwards, a BatchNormalization or a factor for each channel are part of the
+layer before them: conv → norm is one convolution, MatMul → Add one dense layer. The model's own
+nodes stay as they are; the merged weights are operators on constants, which ONNX Runtime folds.
 
 Precondition: scope and clusters. Postcondition: ``job.clusters`` maps a merged layer's output to a
 region that stands for the layer with its merged weights.
@@ -52,7 +52,7 @@ def merge(job: Job) -> None:
         for i in active_inputs(node, scope.active):
             readers.setdefault(operands(node)[i].name, []).append(node)
     for node in scope.nodes:
-        layer = _layer(graph, node, active_inputs(node, scope.active))
+        layer = layer_at(graph, node, active_inputs(node, scope.active))
         if layer is None:
             continue
         nodes, end = [node], node.outputs[0]
@@ -68,7 +68,7 @@ def merge(job: Job) -> None:
             job.clusters[end.name] = _region(layer, end, nodes)
 
 
-def _layer(graph: Graph, node: Node, active: tuple[int, ...]) -> Affine | None:
+def layer_at(graph: Graph, node: Node, active: tuple[int, ...]) -> Affine | None:
     """A node with weights of which the first input is attributed, and no other."""
     rule = rules.lookup(node.op, node.domain, active)
     if active != (0,) or not isinstance(rule, Bilinear) or not rule.layer or node.op == "Einsum":
@@ -169,4 +169,4 @@ def _region(layer: Affine, end: Tensor, nodes: list[Node]) -> Cluster:
     return Cluster(root, end, nodes, stand_in, operands=[layer.weight, *more])
 
 
-__all__ = ["merge"]
+__all__ = ["Affine", "layer_at", "merge"]

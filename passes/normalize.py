@@ -8,6 +8,8 @@ checker rejects or that cannot be brought to opset 21.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import onnx
 import onnx.inliner
@@ -18,7 +20,7 @@ from onnx_attrib.errors import ModelError
 from onnx_attrib.ir import OPSET, Graph, subgraphs
 from onnx_attrib.passes.convert import convert
 from onnx_attrib.passes.lower import lower
-from onnx_attrib.writer import infer_shapes
+from onnx_attrib.writer import all_nodes, infer_shapes
 
 OLDEST, NEWEST = 7, 26
 _DETACH = 1024
@@ -52,6 +54,9 @@ def normalize(model: ModelProto) -> Graph:
 def default_opset(model: ModelProto) -> int:
     """The model's version of the default domain (the newest, if it is listed twice)."""
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+    if not versions and all(node.domain not in ("", "ai.onnx") for node in all_nodes(model.graph)):
+        # Of ai.onnx.ml alone.
+        return OPSET
     if not versions:
         raise ModelError("the model imports no version of ONNX's own operators")
     return max(versions)
@@ -222,18 +227,28 @@ def _infer(model: ModelProto) -> ModelProto:
     except Exception as error:  # inference raises bare RuntimeErrors
         raise ModelError(f"ONNX's shape inference fails: {_line(error)}") from None
     known = {v.name: v for v in inferred.graph.value_info}
+    named: dict[str, str] = {}
     if all(_agree(known[name], v) for name, v in declared.items() if name in known):
         for name, v in declared.items():
             if name not in known:
                 inferred.graph.value_info.append(v)
             elif _knows_more(v, known[name]):
+                pairs = zip(_dims(known[name]) or (), _dims(v) or (), strict=False)
+                named.update((h, s) for h, s in pairs if isinstance(h, str) and isinstance(s, str))
                 known[name].CopyFrom(v)
-    # A declared symbol may have spread from an output to what is computed from it.
-    spread = (*model.graph.input, *inferred.graph.value_info)
-    symbols = {dim for info in spread for dim in _dims(info) or () if not _vague(dim)}
+    _rename((*inferred.graph.value_info, *inferred.graph.output), named)
+    symbols = {dim for info in model.graph.input for dim in _dims(info) or ()}
     for have, said in zip(inferred.graph.output, outputs, strict=True):
         _fill_in(have, said, symbols)
     return inferred
+
+
+def _rename(infos: Iterable[onnx.ValueInfoProto], named: Mapping[str, str]) -> None:
+    """Give dimensions that inference made a symbol up for the symbols that the file has there."""
+    for info in infos:
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param in named:
+                dim.dim_param = named[dim.dim_param]
 
 
 def _info(info: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
@@ -247,8 +262,10 @@ def _fill_in(
 ) -> None:
     """Take what is declared where inference does not know: numbers, and symbols of the inputs."""
     have, said = _dims(inferred), _dims(declared)
-    if have is None or said is None or len(have) != len(said):
+    if have is None:
         inferred.CopyFrom(declared)
+        return
+    if said is None or len(have) != len(said):
         return
     for k, (known, dim) in enumerate(zip(have, said, strict=True)):
         if known is None or (_vague(known) and (isinstance(dim, int) or dim in symbols)):

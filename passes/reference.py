@@ -2,7 +2,8 @@
 
 Precondition: scope. Postcondition, for methods with a reference: ``job.baselines`` holds x̄ of
 every attributed tensor, and ``job.reference`` the values at x̄ of every tensor that depends on
-what the baseline replaces. A reference that is the same for all samples keeps batch 1 and is
+what the baseline replaces; for methods with a background, ``job.background`` holds K references,
+which are evaluated where they are needed. A reference that is the same for all samples keeps batch 1 and is
 broadcast where it meets them; ONNX Runtime folds it at load time when it is constant.
 Raises OptionError for a baseline that does not fit.
 """
@@ -16,7 +17,8 @@ import numpy as np
 from onnx_attrib import rules
 from onnx_attrib.errors import OptionError
 from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, is_float, static
-from onnx_attrib.job import Baseline, Job
+from onnx_attrib.job import Background, Baseline, Job
+from onnx_attrib.passes.postprocess import batch_axis
 
 _SHAPES = frozenset({"Shape", "Size"})
 _CASTS = frozenset({"Cast", "CastLike"})
@@ -32,11 +34,14 @@ def reference(job: Job) -> None:
     region = _region(job, sources)
     batch = batch_symbol(graph, sources)
     shared = batch is not None and _can_share(graph, sources, region, batch)
+    if job.method.background:
+        job.background = _background(job, sources, region, shared)
+        return
     dims: dict[str, Dim] = {batch: 1} if shared and batch is not None else {}
     if at_run_time:
         placed = {t.name: _input(job, t, shared) for t in sources}
     else:
-        arrays = _arrays(graph, sources, baseline)
+        arrays = _arrays(graph, sources, baseline, background=False)
         placed = {t.name: _constant(graph, t, arrays[t.name], shared) for t in sources}
     job.reference = graph.replicate(region, placed, dims)
     job.reference_dims = dims
@@ -87,7 +92,7 @@ def batch_symbol(graph: Graph, sources: Sequence[Tensor]) -> str | None:
 def keeps_batch_apart(
     graph: Graph, sources: Sequence[Tensor], region: Sequence[Node], batch: str
 ) -> bool:
-    """Whether every float tensor of the region has the batch as one axis of its own.
+    """Whether every tensor of values in the region has the batch as one axis of its own.
 
     Then nothing mixes samples with other axes or with each other: the region can be evaluated at
     another batch. Only what depends on the sources by their shape alone may be free of the batch,
@@ -108,7 +113,10 @@ def keeps_batch_apart(
                 continue
             if carries:
                 carrying.add(tensor.name)
-            if is_float(tensor.dtype) and not _apart(graph, tensor, batch, carries):
+            if is_float(tensor.dtype):
+                if not _apart(graph, tensor, batch, carries):
+                    return False
+            elif carries and (graph.shape(tensor) or ()).count(batch) != 1:
                 return False
     return True
 
@@ -212,8 +220,24 @@ def captured(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) ->
 def _can_share(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node], batch: str) -> bool:
     """Whether one reference serves all samples: what it meets from outside is free of the batch."""
     outside = captured(graph, sources, region)
-    return keeps_batch_apart(graph, sources, region, batch) and all(
-        fully_known(graph, t) and batch not in (graph.shape(t) or ()) for t in outside
+    return (
+        keeps_batch_apart(graph, sources, region, batch)
+        and all(fully_known(graph, t) and batch not in (graph.shape(t) or ()) for t in outside)
+        and not counts_batch(graph, outside, batch)
+    )
+
+
+def counts_batch(graph: Graph, outside: Sequence[Tensor], batch: str) -> bool:
+    """Whether a tensor without a batch axis may hold the number of samples, as a shape does."""
+    free = [t for t in outside if batch not in (graph.shape(t) or ())]
+    counts = dict[str, Shape]()
+    for node in graph.prune(graph.nodes, free):
+        counted = _counted(graph, node, counts)
+        counts.update((t.name, counted) for t in node.outputs)
+    return any(
+        dim == batch or (not is_float(t.dtype) and not _is_known(graph, dim))
+        for t in free
+        for dim in counts.get(t.name, ())
     )
 
 
@@ -244,7 +268,9 @@ def _is_known(graph: Graph, dim: Dim) -> bool:
 # -- placing it ------------------------------------------------------------------------------------
 
 
-def _arrays(graph: Graph, sources: Sequence[Tensor], baseline: Baseline) -> dict[str, np.ndarray]:
+def _arrays(
+    graph: Graph, sources: Sequence[Tensor], baseline: Baseline, background: bool
+) -> dict[str, np.ndarray]:
     """The baseline of each source as an array, checked against its dtype and shape."""
     names = [t.name for t in sources]
     if isinstance(baseline, Mapping):
@@ -256,17 +282,19 @@ def _arrays(graph: Graph, sources: Sequence[Tensor], baseline: Baseline) -> dict
                 + (f"; missing: {missing}" if missing else "")
                 + (f"; unknown: {unknown}" if unknown else "")
             )
-        return {t.name: _fitted(graph, t, np.asarray(baseline[t.name])) for t in sources}
+        return {
+            t.name: _fitted(graph, t, np.asarray(baseline[t.name]), background) for t in sources
+        }
     array = np.asarray(0.0 if isinstance(baseline, str) else baseline)
     if array.ndim and len(sources) > 1:
         raise OptionError(
             f"{len(sources)} tensors are attributed ({', '.join(names)}): give the baseline as a "
             "number, or as a mapping (.npz) with an array for each"
         )
-    return {t.name: _fitted(graph, t, array) for t in sources}
+    return {t.name: _fitted(graph, t, array, background) for t in sources}
 
 
-def _fitted(graph: Graph, tensor: Tensor, array: np.ndarray) -> np.ndarray:
+def _fitted(graph: Graph, tensor: Tensor, array: np.ndarray, background: bool) -> np.ndarray:
     """``array`` in the tensor's dtype and rank; OptionError if it does not fit."""
     name, shape = tensor.name, graph.shape(tensor)
     if array.dtype.kind not in "fiub":
@@ -279,27 +307,32 @@ def _fitted(graph: Graph, tensor: Tensor, array: np.ndarray) -> np.ndarray:
     if array.ndim == len(shape) - 1:
         array = array[None]
     if array.ndim != len(shape) or not all(
-        have in (1, want) or (axis > 0 and not isinstance(want, int))
+        have in (1, want)
+        or (axis > 0 and not isinstance(want, int))
+        or (axis == 0 and background and have > 0)
         for axis, (have, want) in enumerate(zip(array.shape, shape, strict=True))
     ):
         wanted = ", ".join("?" if dim is None else str(dim) for dim in shape)
         raise OptionError(
             f"the baseline of '{name}' has shape {list(array.shape)}; it must be a number, or "
-            f"fit [{wanted}] with batch 1"
+            f"fit [{wanted}] with "
+            + ("the background's samples as its batch" if background else "batch 1")
         )
     return array
 
 
-def _constant(graph: Graph, tensor: Tensor, value: np.ndarray, shared: bool) -> Tensor:
-    """The baseline in the attributed tensor's shape (batch 1 if shared)."""
+def _constant(
+    graph: Graph, tensor: Tensor, value: np.ndarray, shared: bool, rows: int = 1
+) -> Tensor:
+    """The baseline in the attributed tensor's shape (batch 1, or ``rows``, if shared)."""
     op, shape = graph.op, graph.shape(tensor)
-    wanted: Shape | None = (1, *shape[1:]) if shared and shape is not None else shape
+    wanted: Shape | None = (rows, *shape[1:]) if shared and shape is not None else shape
     fixed = static(wanted)
     if fixed is not None and value.shape == fixed:
         return graph.constant(value)
     size = op.Shape(tensor) if fixed is None else graph.constant(fixed, np.int64)
     if shared and fixed is None:
-        size = op.Concat(graph.constant([1], np.int64), op.Shape(tensor, start=1), axis=0)
+        size = op.Concat(graph.constant([rows], np.int64), op.Shape(tensor, start=1), axis=0)
     placed = op.Expand(value, size)
     placed.shape = None if wanted is None else list(wanted)
     return placed
@@ -307,17 +340,13 @@ def _constant(graph: Graph, tensor: Tensor, value: np.ndarray, shared: bool) -> 
 
 def _input(job: Job, tensor: Tensor, shared: bool) -> Tensor:
     """A graph input for the baseline: batch 1 or that of ``tensor``; one for all methods."""
-    graph = job.graph
-    name, shape = f"{tensor.name}_baseline", graph.shape(tensor)
+    graph, shape = job.graph, job.graph.shape(tensor)
     if tensor.name in job.placed:
         return job.placed[tensor.name]
-    if graph.find(name) is not None:
-        raise OptionError(f"the model already has a tensor named '{name}'; use a fixed baseline")
     declared = shape
     if shape and not isinstance(shape[0], int):
-        declared = (name + "_batch", *shape[1:])
-    given = graph.variable(name, tensor.dtype, declared)
-    graph.inputs.append(given)
+        declared = (f"{tensor.name}_baseline_batch", *shape[1:])
+    given = _declared(graph, tensor, declared)
     if shared and shape is not None:
         # Known as batch 1 from here on. At run time it may be N as well: both broadcast alike.
         placed = graph.op.Identity(given)
@@ -327,3 +356,60 @@ def _input(job: Job, tensor: Tensor, shared: bool) -> Tensor:
         placed.shape = None if shape is None else list(shape)
     job.placed[tensor.name] = placed
     return placed
+
+
+def _declared(graph: Graph, tensor: Tensor, shape: Shape | None) -> Tensor:
+    """A new graph input ``<name>_baseline``."""
+    name = f"{tensor.name}_baseline"
+    if graph.find(name) is not None:
+        raise OptionError(f"the model already has a tensor named '{name}'; use a fixed baseline")
+    given = graph.variable(name, tensor.dtype, shape)
+    graph.inputs.append(given)
+    return given
+
+
+# -- a background ----------------------------------------------------------------------------------
+
+
+def _background(
+    job: Job, sources: list[Tensor], region: list[Node], shared: bool
+) -> Background:
+    """K references for each source, [K, …], given now or at run time."""
+    graph, baseline = job.graph, job.request.baseline
+    for tensor in sources:
+        shape = graph.shape(tensor)
+        if not shape or batch_axis(shape, job.scope.batch):
+            raise OptionError(
+                f"a background needs the samples on the first axis, and '{tensor.name}' has them "
+                f"elsewhere; use a method with one reference, like deeplift"
+            )
+    if isinstance(baseline, str) and baseline == "input":
+        return _background_input(job, sources, region, shared)
+    arrays = _arrays(graph, sources, baseline, background=True)
+    counts = {name: len(a) if a.ndim else 1 for name, a in arrays.items()}
+    count = max(counts.values())
+    if not set(counts.values()) <= {1, count}:
+        raise OptionError(f"the backgrounds must have as many samples each; they have {counts}")
+    rows = {t.name: _constant(graph, t, arrays[t.name], True, count) for t in sources}
+    return Background(sources, region, rows, shared, count)
+
+
+def _background_input(
+    job: Job, sources: list[Tensor], region: list[Node], shared: bool
+) -> Background:
+    graph = job.graph
+    methods = [choice.method for choice in job.request.choices]
+    single = [m.name for m in methods if m.needs_reference and not m.background]
+    if single:
+        raise OptionError(
+            f"with baseline 'input' {single[0]} takes one reference and {job.method.name} a "
+            "background of several: compile them apart, or fix the baseline"
+        )
+    for tensor in sources:
+        if tensor.name not in job.placed:
+            shape = graph.shape(tensor) or ()
+            declared = ("background", *shape[1:])
+            job.placed[tensor.name] = _declared(graph, tensor, declared)
+    rows = {t.name: job.placed[t.name] for t in sources}
+    count = graph.op.Shape(rows[sources[0].name], start=0, end=1)
+    return Background(sources, region, rows, shared, count)

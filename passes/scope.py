@@ -44,6 +44,16 @@ def scope(job: Job) -> None:
         _trace(graph, job.scope, upstream)
 
 
+def between(graph: Graph, inputs: list[Tensor], output: Tensor) -> Scope:
+    """The scope of tensors that may lie within the model's own; raises the same errors."""
+    upstream = ancestors(graph, output)
+    for tensor in inputs:
+        _check_reach(graph, tensor, output, upstream, True)
+    result = Scope(inputs, output, [], set(), [], None)
+    _trace(graph, result, upstream)
+    return result
+
+
 def _trace(graph: Graph, scope: Scope, upstream: Sequence[Node]) -> None:
     """Fill in the differentiable paths; every node on them must have a rule."""
     active = flow(upstream, set(scope.names))
@@ -68,11 +78,11 @@ def explained_output(graph: Graph, name: str | None) -> Tensor:
             if is_float(tensor.dtype):
                 return tensor
         kinds = ", ".join(f"{t.name}: {t.dtype or 'not a tensor'}" for t in graph.outputs)
-        before = [t.name for o in graph.outputs for n in o.inputs for t in n.inputs]
-        floats = [f"'{name}'" for name in before if is_float(graph.tensors()[name].dtype)]
+        before = [t for o in graph.outputs for n in o.inputs for t in n.inputs if t.inputs]
+        floats = [f"'{t.name}'" for t in before if is_float(t.dtype)]
         advice = f"; name an inner tensor: {', '.join(floats[:3])}" if floats else ""
         raise CompileError(f"the model has no float output to explain ({kinds}){advice}")
-    return _float_tensor(graph, name, "output")
+    return float_tensor(graph, name, "output")
 
 
 def attributed_tensors(
@@ -87,7 +97,7 @@ def attributed_tensors(
             raise OptionError("no tensor to attribute was named")
         if len(set(names)) != len(names):
             raise OptionError("a tensor is named twice in inputs")
-        return [_float_tensor(graph, name, "input", upstream) for name in names]
+        return [float_tensor(graph, name, "input", upstream) for name in names]
     used = {t.name for node in upstream for t in graph.uses(node)}
     found = [t for t in graph.inputs if is_float(t.dtype) and t.name in used]
     # Numbers that only serve as indices (some exporters declare token ids as floats) do not count.
@@ -139,7 +149,8 @@ def _converted(graph: Graph, nodes: Sequence[Node]) -> list[tuple[Tensor, str]]:
     origin = {t.name: t.name for t in graph.inputs if is_integer(t.dtype)}
     found = []
     for node in nodes:
-        indices = (0,) if node.op == "OneHot" else active_inputs(node, set(origin))
+        reads = node.op in ("OneHot", "DequantizeLinear")
+        indices = (0,) if reads else active_inputs(node, set(origin))
         if not indices or node.inputs[indices[0]].name not in origin:
             continue
         source = origin[node.inputs[indices[0]].name]
@@ -177,7 +188,7 @@ def _reaches(upstream: Sequence[Node], tensor: Tensor) -> bool:
     return any(t.name in reached for t in last)
 
 
-def _float_tensor(
+def float_tensor(
     graph: Graph, name: str, role: str, upstream: Sequence[Node] = ()
 ) -> Tensor:
     tensor = graph.find(name)
@@ -222,7 +233,8 @@ def _check_reach(
     where = ", ".join(f"{node.op} '{node.name or node.outputs[0].name}'" for node in cut[:5])
     raise CompileError(
         f"no derivative flows from output '{output.name}' to '{tensor.name}': every path is cut "
-        f"by an operator without one ({where}{', …' if len(cut) > 5 else ''})"
+        f"by an operator without one ({where}{', …' if len(cut) > 5 else ''}); the method "
+        "'occlusion' needs none"
     )
 
 

@@ -15,23 +15,45 @@ import numpy as np
 
 from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values, is_float
 from onnx_attrib.job import Job
-from onnx_attrib.passes.reference import batch_symbol, captured, fully_known, keeps_batch_apart, outermost
+from onnx_attrib.passes.reference import (
+    batch_symbol,
+    captured,
+    counts_batch,
+    fully_known,
+    keeps_batch_apart,
+    outermost,
+)
 from onnx_attrib.passes.simplify import share
 
 Step = Callable[[Tensor], list[Tensor]]
 """From the number of the group, int64 [], to what it adds."""
 
 
-def stackable(job: Job) -> str | None:
-    """The batch symbol, if several copies of the batch can go through the region stacked."""
-    graph, sources = job.graph, outermost(job)
+def downstream(graph: Graph, nodes: Sequence[Node], sources: Sequence[Tensor]) -> list[Node]:
+    """Those of ``nodes`` (sorted) that depend on ``sources``."""
+    found, changing = [], {t.name for t in sources}
+    for node in nodes:
+        if any(t.name in changing for t in graph.uses(node)):
+            found.append(node)
+            changing.update(t.name for t in node.outputs if t.name)
+    return found
+
+
+def stackable(job: Job, sources: Sequence[Tensor] | None = None) -> str | None:
+    """The batch symbol, if several copies of the batch can go through the region stacked.
+
+    ``sources``: where the region starts; by default the outermost attributed tensors.
+    """
+    graph, sources = job.graph, outermost(job) if sources is None else sources
+    region = downstream(graph, job.scope.dependent, sources)
     batch = batch_symbol(graph, sources)
     if batch is None or job.scope.batch != batch:
         return None
-    if not keeps_batch_apart(graph, sources, job.scope.dependent, batch):
+    if not keeps_batch_apart(graph, sources, region, batch):
         return None
-    outside = captured(graph, sources, job.scope.dependent)
-    return batch if all(fully_known(graph, tensor) for tensor in outside) else None
+    outside = captured(graph, sources, region)
+    known = all(fully_known(graph, tensor) for tensor in outside)
+    return batch if known and not counts_batch(graph, outside, batch) else None
 
 
 @dataclass(frozen=True)
@@ -58,7 +80,9 @@ class Stack:
     @property
     def count(self) -> Tensor:
         """The size as int64 [1]."""
-        return self.graph.constant([self.size], np.int64) if isinstance(self.size, int) else self.size
+        if isinstance(self.size, int):
+            return self.graph.constant([self.size], np.int64)
+        return self.size
 
     def axis(self, tensor: Tensor) -> int | None:
         """The axis of the batch, before or after stacking; None where there is none."""
@@ -113,6 +137,11 @@ class Stack:
         result.shape = shape
         return result
 
+    def apart(self, tensor: Tensor) -> Tensor:
+        """[size · N, …] → [size, N, …]."""
+        op = self.graph.op
+        return op.Reshape(tensor, op.Concat(self.count, [-1], op.Shape(tensor, start=1), axis=0))
+
     def everywhere(self, nodes: Sequence[Node], tensors: Iterable[Tensor], at: Values) -> Values:
         """The values ``at`` one copy, in every copy: copied, not computed again.
 
@@ -128,13 +157,16 @@ class Stack:
         return self.graph.replicate(nodes, placed, self.dims)
 
 
-def accumulate(graph: Graph, groups: int | Tensor, start: Sequence[Tensor], step: Step) -> list[Tensor]:
+def accumulate(
+    graph: Graph, groups: int | Tensor, start: Sequence[Tensor], step: Step
+) -> list[Tensor]:
     """Σ step(g) over the groups g = 0, 1, …, in a Loop; just step(0) if there is one group.
 
-    ``start``: zeros of the types and shapes that ``step`` returns. ``groups``: a number, or int64 [].
+    ``start``: zeros of the types and shapes that ``step`` returns. ``groups``: a number, or int64
+    [].
     What a step computes that does not depend on g is computed once.
     """
-    if groups == 1 and isinstance(groups, int):
+    if isinstance(groups, int) and groups == 1:
         return step(graph.constant(0, np.int64))
 
     def adding(number: Tensor, carried: list[Tensor]) -> list[Tensor]:
@@ -175,4 +207,4 @@ def zeros(graph: Graph, tensor: Tensor) -> Tensor:
     return like
 
 
-__all__ = ["Stack", "accumulate", "loop", "stackable", "zeros"]
+__all__ = ["Stack", "accumulate", "downstream", "loop", "stackable", "zeros"]

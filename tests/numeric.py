@@ -31,7 +31,7 @@ from onnx.reference.ops import (
 
 import onnx_attrib
 
-from . import recurrent_reference
+from . import recurrent_reference, reference_operators
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Feeds = Mapping[str, Array]
@@ -187,8 +187,14 @@ def session(model: ModelProto, optimize: bool = True) -> ort.InferenceSession:
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    steps = {"RNN", "GRU", "LSTM"}.intersection(node.op_type for node in all_nodes(model))
+    # onnxruntime 1.31 crashes while it optimises some recurrent models in 16 bits.
+    left_out = ["NchwcTransformer"] if steps and is_narrow(model) else []
     return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=left_out,
     )
 
 
@@ -304,6 +310,7 @@ class _Evaluator(ReferenceEvaluator):  # type: ignore[misc]
             LpNormalization,
             Softsign,
             *recurrent_reference.OPERATORS,
+            *reference_operators.OPERATORS,
         ]
         super().__init__(proto, *args, **kwargs)
 

@@ -282,17 +282,6 @@ def test_random_slice(seed: int) -> None:
     check(slicing(str(seed), start, end, axes, steps), FORMS[seed % 2])
 
 
-@pytest.mark.parametrize("op", ["ScatterElements", "ScatterND"])
-def test_scattering_products_has_no_conserving_rule(op: str) -> None:
-    shape = (2, 1) if op == "ScatterND" else (2, 3)
-    nodes = f'y = {op}<reduction="mul">(x, i, u)'
-    floats = {"x": (4, 3), "u": (2, 3)}
-    case = Case(op, nodes, floats, {"i": np.arange(2 * shape[1]).reshape(shape) % 2})
-    assert onnx_attrib.compile(case.model("fixed"), method="gradient", target="seed")
-    with pytest.raises(UnsupportedOpError, match="reduction 'mul'"):
-        onnx_attrib.compile(case.model("fixed"), method="deeplift", target="seed")
-
-
 def test_dropout_in_training_mode_is_refused() -> None:
     parameters = {"r": np.array(0.5, np.float32), "t": np.array(True)}
     model = Case("Dropout", "y = Dropout(x, r, t)", X, parameters).model("fixed")

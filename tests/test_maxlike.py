@@ -1,4 +1,4 @@
-"""Maxima and minima over axes and over operands, and the k largest entries."""
+"""Maxima and minima over axes and over operands."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 import onnx_attrib
-from onnx_attrib import UnsupportedOpError
 
-from .numeric import check_conservation, check_gradient, run
-from .test_indexing import Case, check, each, ints
+from .numeric import check_conservation, run
+from .test_indexing import Case, check, each
 from .test_reduction import AXES, reducing
 
 OVER_AXES = [
@@ -35,36 +34,9 @@ OVER_OPERANDS = [
 ]
 
 
-def top(name: str, k: int, attributes: str) -> Case:
-    shape = {"x": (3, 7, 4)}
-    nodes = f"a, i = TopK<{attributes}>(x, k) w = Exp(a) y = Mul(w, a)"
-    return Case(f"TopK {name}", nodes, shape, {"k": ints(k)}, forms=("fixed", "symbolic"))
-
-
-FIRST = [top("first", 1, "axis=1"), top("last", 1, "axis=-1, largest=0")]
-LARGEST = [
-    top("three", 3, "axis=1"),
-    top("smallest", 2, "axis=2, largest=0"),
-    top("all", 4, "axis=-1"),
-]
-
-
-@pytest.mark.parametrize(("case", "form"), each(OVER_AXES + OVER_OPERANDS + FIRST))
+@pytest.mark.parametrize(("case", "form"), each(OVER_AXES + OVER_OPERANDS))
 def test_rule(case: Case, form: str) -> None:
     check(case, form)
-
-
-@pytest.mark.parametrize("case", LARGEST, ids=lambda case: case.name)
-def test_top_k(case: Case) -> None:
-    check(case, "fixed")
-    point = case.feeds(np.random.default_rng(0))
-    for form in ("symbolic", "run-time"):
-        assert all(r.applies for r in check_gradient(case.model(form), point, inputs=["x"]))
-
-
-def test_top_k_of_unknown_size_is_refused() -> None:
-    with pytest.raises(UnsupportedOpError, match="only known at run time"):
-        onnx_attrib.compile(LARGEST[0].model("symbolic"), method="deeplift", target="seed")
 
 
 @pytest.mark.parametrize("form", ["fixed", "symbolic", "run-time"])

@@ -163,13 +163,6 @@ REFUSED = [
         r"(averagepool_2d_ceil_last_window_starts_on_pad|maxpool_2d_ceil_output_size_reduce_by_one)",
         "ceil_mode",
     ),
-    (
-        "conservation",
-        r"scatter(_elements|nd)_.*(mul|multiply|max|min)",
-        "no conserving rule for the reduction",
-    ),
-    ("conservation", r"reduce_prod_", "size|axes"),
-    ("conservation", r"top_k", "only known at run time|known k|run time"),
 ]
 """What is refused, not done wrong: the check, the test's name, and what the refusal says.
 

@@ -356,7 +356,12 @@ def check_layer(example: Example, tally: Tally) -> None:
     found = numeric.run(gradient, {**example.feeds, "seed": cotangent})
     oracle = oracle_of(after, example.output, point)
     result = found[f"{name}_attribution"]
-    hold_slope(example, tally, oracle, point, name, cotangent, result, rng)
+    try:
+        hold_slope(example, tally, oracle, point, name, cotangent, result, rng)
+    except AssertionError:
+        if not ties(example, after, point, name, cotangent, result, rng):
+            raise
+        tally["ties"] += 1
     base = numeric.run(source, {**point, name: np.zeros_like(value)})[example.output]
     if not finite(after, {**point, name: np.zeros_like(value)}):
         return
@@ -366,6 +371,34 @@ def check_layer(example: Example, tally: Tally) -> None:
     found = numeric.run(deeplift, {**example.feeds, "seed": cotangent})
     hold_sum(example, found, point, cotangent, y, y_bar)
     tally["layers"] += 1
+
+
+def ties(
+    example: Example,
+    after: ModelProto,
+    point: numeric.Feeds,
+    name: str,
+    cotangent: Array,
+    result: Array,
+    rng: np.random.Generator,
+) -> bool:
+    """Whether equal entries at the layer make maxima tie that would not if they differed.
+
+    A tie has no gradient, and several may still cancel in the differences. The model after the
+    layer has the same attribution here, and near by the right one (which is asserted).
+    """
+    request = {"output": example.output, "inputs": [name]}
+    gradient = onnx_attrib.compile(after, method="gradient", target="seed", **request)
+    key, held = f"{name}_attribution", numeric.session(gradient)
+    here = numeric.run(held, {**point, "seed": cotangent})[key]
+    if not np.allclose(here, result, 1e-3, 1e-5):
+        return False
+    moved = point[name] + 1e-2 * np.asarray(rng.standard_normal(point[name].shape))
+    near = {**point, name: moved.astype(point[name].dtype)}
+    there = numeric.run(held, {**near, "seed": cotangent})[key]
+    oracle = oracle_of(after, example.output, near)
+    hold_slope(example, Counter(), oracle, near, name, cotangent, there, rng)
+    return True
 
 
 CHECKS = (check_gradient, check_conservation, check_path, check_relevance, check_layer)
@@ -395,7 +428,7 @@ def widened(example: Example) -> Example | None:
     """The example in float64, if onnxruntime has the kernels."""
     if example.dtype == "float64":
         return None
-    model = numeric.widened(example.model)
+    model = numeric.widened(explained(example))
     feeds = {name: value.astype(np.float64) for name, value in example.feeds.items()}
     try:
         numeric.run(model, feeds)
@@ -425,6 +458,22 @@ def finite(model: ModelProto, feeds: numeric.Feeds) -> bool:
     names = [n for node in model.graph.node for n in node.output if n and n not in known]
     result.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     return all(bool(numeric.finite(value).all()) for value in numeric.run(result, feeds).values())
+
+
+def explained(example: Example) -> ModelProto:
+    """The model without what the explained output does not need."""
+    result = ModelProto()
+    result.CopyFrom(example.model)
+    needed, kept = {example.output}, []
+    for node in reversed(example.model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    outputs = [info for info in example.model.graph.output if info.name == example.output]
+    del result.graph.node[:], result.graph.output[:]
+    result.graph.node.extend(kept[::-1])
+    result.graph.output.extend(outputs)
+    return result
 
 
 def reaches(model: ModelProto, name: str, output: str) -> bool:
@@ -494,6 +543,7 @@ def summarize(tally: Tally) -> None:
     refused = sum(count for key, count in tally.items() if key.startswith("refused"))
     assert refused <= 0.05 * 3 * tally["examples"] + 2
     assert tally["differences left out"] <= 0.05 * tally["examples"] + 2
+    assert tally["ties"] <= 0.02 * tally["examples"] + 2
     rounded = sum(count for key, count in tally.items() if key.startswith("held in float64"))
     assert rounded <= 0.02 * tally["examples"] + 2
 

@@ -117,6 +117,47 @@ def test_samples_that_meet_need_a_reference_each(
     np.testing.assert_allclose(found["x_attribution"].sum(), np.abs(y - y_bar).sum(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["deeplift", "integrated-gradients"])
+@pytest.mark.parametrize(
+    ("shape", "nodes"),
+    [
+        ("N, 3", "y = PRelu (x, each)"),
+        ("N, 3", "y = Gemm (x, square, each)"),
+        ("N, 3", "y = ScatterND (x, rows, row)"),
+        ("N, 3", "y = ScatterElements <axis = 1> (x, places, each)"),
+        ("N, 3", "y = ReverseSequence <time_axis = 1, batch_axis = 0> (x, lengths)"),
+        (
+            "N, 1, 3",
+            """t = Transpose <perm = [1, 0, 2]> (x) h = RNN <hidden_size = 3> (t, w, w, , , h0)
+            q = Squeeze (h, one) y = Transpose <perm = [1, 0, 2]> (q)""",
+        ),
+    ],
+)
+def test_constants_with_an_entry_for_each_sample(
+    rng: np.random.Generator, shape: str, nodes: str, method: str
+) -> None:
+    """The output has the first operand's shape and does not show that the batch cannot change."""
+    model = text(
+        f"""g (float[{shape}] x) => (float[{shape}] y) <int64[1] one = {{1}},
+        int64[2, 1] rows = {{1, 0}}, int64[2, 3] places = {{0, 1, 2, 2, 0, 1}},
+        int64[2] lengths = {{2, 3}}> {{ {nodes} }}""",
+        each=normal(rng, 2, 3),
+        row=normal(rng, 2, 3),
+        square=normal(rng, 3, 3),
+        w=normal(rng, 1, 3, 3),
+        h0=normal(rng, 1, 2, 3),
+    )
+    x = normal(rng, 2, *[int(d) for d in shape.split(", ")[1:]])
+    base = normal(rng, 1, *x.shape[1:])
+    y, y_bar = (numeric.run(model, {"x": v})["y"] for v in (x, np.repeat(base, 2, axis=0)))
+    seed = np.asarray(np.sign(y - y_bar), np.float32)
+    feeds = {"x": x, "x_baseline": base, "seed": seed}
+    options = {} if method == "deeplift" else {"steps": 400, "quadrature": "middle"}
+    found = explained(model, feeds, method=method, target="seed", baseline="input", **options)
+    loose = 1e-4 if method == "deeplift" else 1e-2
+    np.testing.assert_allclose(found["x_attribution"].sum(), np.abs(y - y_bar).sum(), loose, 1e-5)
+
+
 def test_a_size_other_than_the_batch_may_be_shared(rng: np.random.Generator) -> None:
     """A scale by another run-time size is the same for every sample."""
     model = text(
@@ -264,6 +305,21 @@ def test_an_output_declared_with_a_symbol_of_its_own(rng: np.random.Generator) -
     assert compiled.graph.output[0] == model.graph.output[0]
 
 
+def test_an_output_that_is_read_again_declared_with_symbols_of_its_own(
+    rng: np.random.Generator,
+) -> None:
+    """Converted from an old opset, what is computed from it had these symbols and it had others."""
+    model = text(
+        """g (float[N, 3] x) => (float[K, 4] h, float[M, 4] y) <float zero = {0},
+        int64[4] pads = {1, 1, 0, 0}> {
+        h = Pad (x, pads) p = Greater (h, zero) t = Tanh (h) y = Where (p, h, t) }""",
+        opset=15,
+        ir=8,
+    )
+    x, base = normal(rng, 3, 3), normal(rng, 3, 3)
+    numeric.check_conservation(model, ({"x": x}, {"x": base}), output="y")
+
+
 def test_a_tensor_of_unknown_rank_is_refused_as_an_output() -> None:
     """An output has to declare a shape; the graph was invalid."""
     model = text(
@@ -307,3 +363,70 @@ def test_operands_of_a_minimum_in_16_bits(rng: np.random.Generator) -> None:
         a, b = (v + alpha * (u.astype(float) - v) for u, v in ((x, base), (y, y_base)))
         total += float(np.sum(seed * (a < b).sum(1, keepdims=True) / 4)) / 3
     np.testing.assert_allclose(found["x_attribution"], total * float(x - base), rtol=2e-2)
+
+
+# -- what a Where discards -------------------------------------------------------------------------
+
+DISCARDING = {
+    "exponential unit": "c = Greater (x, zero) e = Exp (x) s = Sub (e, one) y = Where (c, x, s)",
+    "logarithm": "c = Greater (x, zero) l = Log (x) y = Where (c, l, zero)",
+    "behind arithmetic": """c = Greater (x, zero) l = Log (x) t = Mul (l, two) s = Add (t, one)
+        y = Where (c, s, zero)""",
+    "root": "c = Greater (x, zero) r = Sqrt (x) y = Where (c, r, zero)",
+    "power": "c = Greater (x, zero) r = Pow (x, half) y = Where (c, r, zero)",
+    "reciprocal": "c = Equal (x, zero) r = Reciprocal (x) y = Where (c, zero, r)",
+    "product": "c = Equal (x, zero) r = Div (one, x) p = Mul (r, r) y = Where (c, zero, p)",
+    "behind a bounded one": "c = Equal (x, zero) r = Div (two, x) t = Tanh (r) y = Where (c, x, t)",
+}
+
+
+@pytest.mark.parametrize("body", DISCARDING.values(), ids=DISCARDING)
+@pytest.mark.parametrize("method", ["gradient", "deeplift"])
+def test_discarded_values_do_no_harm(body: str, method: str) -> None:
+    """Zero multipliers times infinite derivatives were NaN."""
+    model = text(
+        f"""g (float[N, 5] x) => (float[N, 5] y)
+        <float zero = {{0}}, float one = {{1}}, float two = {{2}}, float half = {{0.5}}> {{ {body} }}"""
+    )
+    x = np.array([[200, -1, 0, 2, -200], [1, 0, 3, -0.5, 100]], np.float32)
+    seed = np.array([[1, -2, 3, -1, 2], [2, 1, -1, 1, 1]], np.float32)
+    found = explained(model, {"x": x, "seed": seed}, method=method, target="seed")["x_attribution"]
+    at_zero = numeric.run(model, {"x": np.zeros_like(x)})["y"]
+    if method == "deeplift":
+        expected = seed * (numeric.run(model, {"x": x})["y"] - at_zero)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        return
+    wide = numeric.Oracle(model, "y", {"x": x})
+    for i, j in np.ndindex(*x.shape):
+        step = np.zeros_like(x)
+        step[i, j] = 1
+        exact = numeric.difference(wide, {"x": x}, {"x": step}, seed)
+        assert np.isfinite(found[i, j])
+        if exact.smooth:
+            np.testing.assert_allclose(found[i, j], exact.value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["y = Where (c, zero, q)", "d = Not (c) y = Where (d, q, zero)"])
+@pytest.mark.parametrize("shape", ["float[N, 3]", "float[N, 1]"])
+def test_quotients_that_count_as_zero(
+    rng: np.random.Generator, shape: str, choice: str
+) -> None:
+    """a / b where b is not zero, else 0: conserves where b is zero at one of the points."""
+    model = text(
+        f"""g (float[N, 3] a, {shape} b) => (float[N, 3] y) <float zero = {{0}}> {{
+        c = Equal (b, zero) q = Div (a, b) {choice} }}"""
+    )
+    a, a_bar = normal(rng, 4, 3), normal(rng, 4, 3)
+    sides = (4, 3 if "3" in shape else 1)
+    b, b_bar = (rng.uniform(1, 2, sides).astype(np.float32) for _ in range(2))
+    b[0], b_bar[1], b[2], b_bar[2] = 0, 0, 0, 0
+    feeds, other = {"a": a, "b": b}, {"a": a_bar, "b": b_bar}
+    seed = normal(rng, 4, 3)
+    placed = {f"{name}_baseline": value for name, value in other.items()}
+    found = explained(
+        model, {**feeds, **placed, "seed": seed}, target="seed", baseline="input"
+    )
+    change = seed * (numeric.run(model, feeds)["y"] - numeric.run(model, other)["y"])
+    total = found["a_attribution"].sum(1) + found["b_attribution"].sum(1)
+    np.testing.assert_allclose(total, change.sum(1), rtol=1e-4, atol=1e-5)
+    numeric.check_gradient(model, {"a": a, "b": b})

@@ -6,6 +6,7 @@ import click
 
 from onnx_attrib.cli.common import Commands, forgiving_streams
 from onnx_attrib.cli.compile import compile_command
+from onnx_attrib.cli.fit_patterns import fit_patterns_command
 from onnx_attrib.cli.inspect import inspect_command
 from onnx_attrib.cli.methods import methods_command
 from onnx_attrib.cli.ops import ops_command
@@ -38,6 +39,7 @@ for command in (
     verify_command,
     methods_command,
     ops_command,
+    fit_patterns_command,
 ):
     main.add_command(command)
 

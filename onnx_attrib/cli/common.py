@@ -13,9 +13,11 @@ from typing import Any
 
 import click
 
+from onnx_attrib.compiler import checked_reduce, chosen
 from onnx_attrib.errors import CompileError, OptionError, suggest
-from onnx_attrib.methods import Method
+from onnx_attrib.job import Choice, Request
 from onnx_attrib.methods import get as method_named
+from onnx_attrib.recipe import Recipe
 
 DEBUG = "ONNX_ATTRIB_DEBUG"
 """Set in the environment, it shows the traceback of an internal error."""
@@ -128,22 +130,73 @@ def number_or_text(text: str) -> float | str:
         return text
 
 
-def chosen_method(
-    name: str, pairs: Sequence[str] = (), ctx: click.Context | None = None
-) -> tuple[Method, dict[str, Any]]:
-    """A method and its options from KEY=VALUE texts; UsageError with the nearest spelling."""
+class TargetsType(click.ParamType):  # type: ignore[type-arg]
+    """``topK``, or classes with commas between them."""
+
+    name = "targets"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How the help shows it."""
+        return "topK|INT,INT…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | tuple[int, ...]:
+        """Read the text of several targets."""
+        if not isinstance(value, str):
+            return value
+        if value.startswith("top") and value[3:].isdecimal() and int(value[3:]):
+            return value
+        try:
+            return tuple(int(part) for part in value.replace("−", "-").split(","))
+        except ValueError:
+            self.fail(f"'{value}' is neither topK, like top3, nor classes, like 3,5", param, ctx)
+
+
+def chosen_methods(names: Sequence[str], pairs: Sequence[str] = ()) -> tuple[Choice, ...]:
+    """Methods and their options from KEY=VALUE and METHOD.KEY=VALUE texts.
+
+    UsageError with the nearest spelling. KEY is of the methods that have it, METHOD.KEY of one.
+    """
     with as_usage_error():
-        method = method_named(name)
-        given: dict[str, str] = {}
+        methods = [method_named(name).name for name in names]
+        if len(set(methods)) < len(methods):
+            raise OptionError("a method is named twice")
+        common: dict[str, str] = {}
+        own: dict[str, dict[str, str]] = {name: {} for name in methods}
         for pair in pairs:
             key, separator, value = pair.partition("=")
-            if not separator or not key:
-                raise OptionError(f"option '{pair}' is not of the form KEY=VALUE")
-            key = key.strip().replace("-", "_")
-            if key in given:
-                raise OptionError(f"option '{key}' is given twice")
-            given[key] = value.strip()
-        return method, method.parse(given)
+            method, dot, name = key.strip().rpartition(".")
+            if not separator or not name or (dot and not method):
+                raise OptionError(f"option '{pair}' is not of the form [METHOD.]KEY=VALUE")
+            spelled = method.lower().replace("_", "-")
+            if dot and spelled not in own:
+                raise OptionError(
+                    f"option '{key}' is of a method that is not asked for: "
+                    f"{suggest(spelled, methods)}"
+                )
+            options, name = own[spelled] if dot else common, name.replace("-", "_")
+            if name in options:
+                raise OptionError(f"option '{key.strip()}' is given twice")
+            options[name] = value.strip()
+        return chosen(own, common)
+
+
+def as_mapping(choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
+    """The options of each method by name, as :func:`onnx_attrib.compile` takes them."""
+    return {choice.method.name: dict(choice.options) for choice in choices}
+
+
+def reductions(texts: Sequence[str]) -> dict[str | int, str]:
+    """How axes are reduced, from AXIS=HOW texts."""
+    found: dict[str | int, str] = {}
+    with as_usage_error():
+        for text in texts:
+            for axis, how in checked_reduce(text).items():
+                if axis in found:
+                    raise OptionError(f"axis '{axis}' is reduced twice")
+                found[axis] = how
+    return found
 
 
 @contextmanager
@@ -212,6 +265,22 @@ def show_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
+
+
+def show_targets(targets: int | Sequence[int]) -> str:
+    """Several targets for people."""
+    if isinstance(targets, int):
+        return f"top {targets}: the largest classes of each sample, in falling order"
+    return ", ".join(map(str, targets))
+
+
+def show_processing(made: Request | Recipe) -> str:
+    """What was made of the attributions, for people."""
+    parts = [
+        f"{axis if isinstance(axis, str) else f'axis {axis}'} reduced by {how}"
+        for axis, how in made.reduce.items()
+    ]
+    return ", ".join([*parts, *(["normalized"] if made.normalize else [])])
 
 
 def rows(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:

@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from onnx_attrib.cli.common import (
+    TargetsType,
     TargetType,
-    chosen_method,
+    as_mapping,
+    chosen_methods,
     json_option,
     number_or_text,
     print_json,
     progress,
+    reductions,
     rows,
     show_bytes,
+    show_processing,
+    show_targets,
 )
 from onnx_attrib.compiler import prepare
 from onnx_attrib.errors import CompileError
@@ -34,6 +40,8 @@ Examples:
   onnx-attrib compile model.onnx --method deeplift
   onnx-attrib compile model.onnx --method integrated-gradients --option steps=100 --delta
   onnx-attrib compile model.onnx --output logits --target argmax --baseline mean.npy
+  onnx-attrib compile model.onnx --method deeplift --method grad-cam --targets top3
+  onnx-attrib compile model.onnx --reduce channels=sum --normalize
 """,
 )
 @click.argument("model", type=click.Path(path_type=Path))
@@ -42,14 +50,18 @@ Examples:
     "--out",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Where to write. [default: MODEL's stem + .METHOD.onnx, beside MODEL]",
+    help="Where to write. [default: MODEL's stem + .METHOD.onnx (.METHOD+METHOD.onnx), beside "
+    "MODEL]",
 )
 @click.option(
     "--method",
-    default="deeplift",
-    show_default=True,
+    "methods",
+    multiple=True,
+    default=("deeplift",),
+    show_default="deeplift",
     metavar="NAME",
-    help="Attribution method; 'onnx-attrib methods' lists them.",
+    help="Attribution method; 'onnx-attrib methods' lists them. Repeated, several share one "
+    "forward pass.",
 )
 @click.option(
     "--input",
@@ -71,6 +83,12 @@ Examples:
     "weighting), or fixed now.",
 )
 @click.option(
+    "--targets",
+    type=TargetsType(),
+    help="Explain several at once: the K largest classes of each sample, or these. Attributions "
+    "get an axis for them after the batch's.",
+)
+@click.option(
     "--baseline",
     default="zeros",
     show_default=True,
@@ -81,39 +99,62 @@ Examples:
     "--delta", is_flag=True, help="Add the output convergence_delta: Σ attribution − (S(x) − S(x̄))."
 )
 @click.option(
+    "--reduce",
+    "reduce",
+    multiple=True,
+    metavar="AXIS=HOW",
+    help="Reduce an axis of the attribution to size 1: AXIS is channels (axis 1 of three or more), "
+    "last, or a number from 1; HOW is sum, abs-max (the largest |a|) or l2. May be repeated.",
+)
+@click.option(
+    "--normalize",
+    is_flag=True,
+    help="Divide each sample's attribution by its largest |a|, after --reduce.",
+)
+@click.option(
     "--option",
     "options",
     multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the method; may be repeated.",
+    metavar="[METHOD.]KEY=VALUE",
+    help="An option of the methods that have it, or of one METHOD; may be repeated.",
 )
 @json_option
+@click.pass_context
 def compile_command(
+    ctx: click.Context,
     model: Path,
     out: Path | None,
-    method: str,
+    methods: tuple[str, ...],
     inputs: tuple[str, ...],
     output: str | None,
     target: Any,
+    targets: str | tuple[int, ...] | None,
     baseline: str,
     delta: bool,
+    reduce: tuple[str, ...],
+    normalize: bool,
     options: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Compile MODEL into one graph that computes its outputs and their attribution."""
-    chosen, parsed = chosen_method(method, options)
-    destination = _destination(model, out, chosen.name)
+    if targets is not None and ctx.get_parameter_source("target") != ParameterSource.DEFAULT:
+        raise click.UsageError("give --target or --targets, not both")
+    chosen = as_mapping(chosen_methods(methods, options))
+    reduced = reductions(reduce)
+    destination = _destination(model, out, "+".join(chosen))
     start = time.perf_counter()
     with progress(f"compiling {model.name}"):
         job = prepare(
             model,
-            chosen.name,
+            chosen,
             inputs=inputs or None,
             output=output,
             target=target,
+            targets=targets,
             baseline=number_or_text(baseline),
             delta=delta,
-            **parsed,
+            reduce=reduced,
+            normalize=normalize,
         )
         files = save(job.graph.to_proto(), destination)
     seconds = time.perf_counter() - start
@@ -125,10 +166,10 @@ def compile_command(
         click.echo(_summary(job, files, notes, seconds))
 
 
-def _destination(model: Path, out: Path | None, method: str) -> Path:
+def _destination(model: Path, out: Path | None, methods: str) -> Path:
     if not model.name or model.is_dir():
         raise CompileError(f"cannot read '{model}': Is a directory")
-    name = f"{model.stem}.{method}.onnx"
+    name = f"{model.stem}.{methods}.onnx"
     destination = model.with_name(name) if out is None else out / name if out.is_dir() else out
     # A missing model is reported when it is read.
     if destination.exists() and model.exists() and destination.samefile(model):
@@ -140,7 +181,7 @@ def _report(
     job: Job, model: Path, files: list[Path], notes: list[str], seconds: float
 ) -> dict[str, Any]:
     request = job.request
-    target = request.target
+    target, targets = request.target, request.targets
     return {
         "source": str(model),
         "file": str(files[-1]),
@@ -151,6 +192,9 @@ def _report(
         "output": job.scope.output.name,
         "attributed": job.scope.names,
         "target": list(target) if isinstance(target, tuple) else target,
+        "targets": list(targets) if isinstance(targets, tuple) else targets,
+        "reduce": {str(axis): how for axis, how in request.reduce.items()},
+        "normalize": request.normalize,
         "nodes": len(job.graph.nodes),
         "inputs": [_interface(t) for t in job.graph.inputs],
         "outputs": [_interface(t) for t in job.graph.outputs],
@@ -177,6 +221,7 @@ def _summary(job: Job, files: list[Path], notes: list[str], seconds: float) -> s
         ),
         ("explains", f"{_named(job.scope.output)}, {_target(job)}"),
         ("attributes", ", ".join(_named(tensor) for tensor in job.scope.inputs)),
+        *((("shows", shown),) if (shown := show_processing(request)) else ()),
         ("inputs", ", ".join(_named(tensor) for tensor in graph.inputs)),
         ("outputs", ", ".join(_named(tensor) for tensor in graph.outputs)),
     ]
@@ -190,7 +235,9 @@ def _named(tensor: Tensor) -> str:
 
 
 def _target(job: Job) -> str:
-    target = job.request.target
+    target, targets = job.request.target, job.request.targets
+    if targets is not None:
+        return f"targets {show_targets(targets)}"
     if target == "input":
         chosen = any(t.name == "target" for t in job.graph.inputs)
         return "target chosen at run time" if chosen else "one value a sample"

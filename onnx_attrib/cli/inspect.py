@@ -7,9 +7,18 @@ from pathlib import Path
 
 import click
 
-from onnx_attrib.cli.common import chosen_method, json_option, print_json, progress, rows
+from onnx_attrib.cli.common import (
+    as_usage_error,
+    json_option,
+    print_json,
+    progress,
+    rows,
+    show_processing,
+    show_targets,
+)
 from onnx_attrib.feeds import show_shape
 from onnx_attrib.inspection import Inspection, Layer, TensorInfo, inspect
+from onnx_attrib.methods import get as method_named
 from onnx_attrib.recipe import Recipe
 
 _SHOWN = 20
@@ -45,7 +54,8 @@ def inspect_command(
     operator that cannot be handled. Of a compiled model it shows how it was compiled. Exits 0 also
     for a model that cannot be compiled: read "compilable".
     """
-    chosen, _ = chosen_method(method)
+    with as_usage_error():
+        chosen = method_named(method)
     with progress(f"reading {model.name}"):
         found = inspect(model, chosen.name, inputs=inputs or None, output=output)
     if as_json:
@@ -128,14 +138,19 @@ def _layer(layer: Layer) -> tuple[str, str]:
 
 
 def _recipe(recipe: Recipe) -> list[tuple[str, str]]:
-    options = " ".join(f"{key}={value}" for key, value in recipe.options.items())
+    options = {
+        name: " ".join(f"{key}={value}" for key, value in given.items())
+        for name, given in recipe.methods.items()
+    }
+    targets, shown = recipe.targets, show_processing(recipe)
     return [
         ("version", recipe.version),
-        ("method", f"{recipe.method} {options}".rstrip()),
+        *(("method", f"{name} {given}".rstrip()) for name, given in options.items()),
         ("explains", recipe.output),
         ("attributes", ", ".join(recipe.inputs)),
-        ("target", str(recipe.target)),
+        ("target", str(recipe.target)) if targets is None else ("targets", show_targets(targets)),
         ("baseline", "none" if recipe.baseline is None else str(recipe.baseline)),
+        *([("shows", shown)] if shown else []),
         ("source SHA-256", recipe.source_sha256),
     ]
 

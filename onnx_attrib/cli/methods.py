@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from onnx_attrib.catalog import MethodInfo, describe, methods
-from onnx_attrib.cli.common import chosen_method, json_option, print_json, rows
+from onnx_attrib.cli.common import as_usage_error, json_option, print_json, rows
+from onnx_attrib.methods import get as method_named
 
 
 @click.command(
@@ -30,7 +31,8 @@ def methods_command(name: str | None, as_json: bool) -> None:
         else:
             click.echo("\n\n".join(_brief(method) for method in found))
         return
-    method = describe(chosen_method(name)[0])
+    with as_usage_error():
+        method = describe(method_named(name))
     if as_json:
         print_json(method.to_dict())
     else:

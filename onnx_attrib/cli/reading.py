@@ -61,7 +61,7 @@ class Reader:
         by_name = {port.name: port for port in ports}
         parts: dict[str, list[Loaded]] = {}
         for text in texts:
-            name, path = self._split(text, by_name)
+            name, path = self.split(text, by_name)
             for key, item in self._read(name, path, by_name).items():
                 parts.setdefault(key, []).append(item)
         return {name: _joined(name, items) for name, items in parts.items()}
@@ -78,12 +78,13 @@ class Reader:
                 return number
         found: dict[str, Any] = {}
         for text in texts:
-            name, path = self._split(text, by_name)
+            name, path = self.split(text, by_name)
             read = self._read(name, path, by_name)
             found.update({key: item.value for key, item in read.items()})
         return found
 
-    def _split(self, text: str, ports: Mapping[str, Port]) -> tuple[str | None, Path]:
+    def split(self, text: str, ports: Mapping[str, Port]) -> tuple[str | None, Path]:
+        """Name and path of a ``[NAME=]FILE`` text."""
         name, separator, path = text.partition("=")
         if not separator or (name not in ports and Path(text).exists()):
             return None, Path(text)
@@ -98,7 +99,7 @@ class Reader:
         if isinstance(arrays, dict) and name is None:
             known = {key: array for key, array in arrays.items() if key in ports}
             if known:
-                return {key: self._array(ports[key], known[key], path) for key in known}
+                return {key: self.array(ports[key], known[key], path) for key in known}
         if name is None:
             if len(ports) != 1:
                 raise OptionError(
@@ -111,7 +112,7 @@ class Reader:
             return {name: self._picture(port, path)}
         if isinstance(arrays, dict) and name in arrays:
             arrays = arrays[name]
-        return {name: self._array(port, single(path, arrays, name), path)}
+        return {name: self.array(port, single(path, arrays, name), path)}
 
     def _picture(self, port: Port, path: Path) -> Loaded:
         form = geometry(port.shape, self.layout)
@@ -120,7 +121,8 @@ class Reader:
         read = load_picture(path, port, self.layout, scaling, crop=self.crop)
         return Loaded(read.value, (str(path),), str(scaling), read.geometry, (read.pixels,))
 
-    def _array(self, port: Port, array: Array, path: Path) -> Loaded:
+    def array(self, port: Port, array: Array, path: Path) -> Loaded:
+        """An input's batch from an array, scaled if the command line asks for it."""
         form = geometry(port.shape, self.layout) if len(port.shape) == 4 else None
         scaling = None
         if self.preset is not None or any(change is not None for change in self.changes):

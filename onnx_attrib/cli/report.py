@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from onnx_attrib import plot
-from onnx_attrib.catalog import describe
 from onnx_attrib.cli.common import note, rows
 from onnx_attrib.cli.reading import Loaded
 from onnx_attrib.errors import CompileError
@@ -142,7 +141,7 @@ class Report:
 
     def _signed(self) -> bool:
         method = METHODS.get(self.explain.method)
-        return method is None or describe(method).signed
+        return method is None or method.is_signed(self.explain.options)
 
     def warnings(self) -> list[str]:
         """What should not go unnoticed."""

@@ -154,5 +154,7 @@ def _write_arrays(path: Path, result: Explanation) -> None:
         arrays["convergence_delta"] = result.delta
     if result.target is not None:
         arrays.setdefault("target", result.target)
+    # The format has no bfloat16.
+    arrays = {k: a.astype("f4") if a.dtype.name == "bfloat16" else a for k, a in arrays.items()}
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

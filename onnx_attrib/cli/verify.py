@@ -10,9 +10,11 @@ import click
 import numpy as np
 
 from onnx_attrib.cli.common import (
+    TargetsType,
     TargetType,
+    as_mapping,
     as_usage_error,
-    chosen_method,
+    chosen_methods,
     json_option,
     number_or_text,
     print_json,
@@ -44,14 +46,18 @@ uncertainty together; "unclear" where the uncertainty alone is too large to tell
 )
 @click.argument("model", metavar="MODEL|COMPILED", type=click.Path(path_type=Path))
 @click.option(
-    "--method", metavar="NAME", help="Compile MODEL for this method first. [default: deeplift]"
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    help="Compile MODEL for this method first; may be repeated. [default: deeplift]",
 )
 @click.option(
     "--option",
     "options",
     multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the method; may be repeated.",
+    metavar="[METHOD.]KEY=VALUE",
+    help="An option of the methods that have it, or of one METHOD; may be repeated.",
 )
 @click.option(
     "--source",
@@ -74,6 +80,9 @@ uncertainty together; "unclear" where the uncertainty alone is too large to tell
 )
 @click.option("--target", type=TargetType(), help="The index to explain. [default: random]")
 @click.option(
+    "--targets", type=TargetsType(), help="Several at once, to compile MODEL for, as for compile."
+)
+@click.option(
     "--samples", type=click.IntRange(min=1), help="Random batches. [default: 3; 1 if all are given]"
 )
 @click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
@@ -94,12 +103,13 @@ uncertainty together; "unclear" where the uncertainty alone is too large to tell
 def verify_command(
     ctx: click.Context,
     model: Path,
-    method: str | None,
+    methods: tuple[str, ...],
     options: tuple[str, ...],
     source: Path | None,
     inputs: tuple[str, ...],
     baseline: str | None,
     target: Any,
+    targets: str | tuple[int, ...] | None,
     samples: int | None,
     seed: int,
     tolerance: float | None,
@@ -112,23 +122,22 @@ def verify_command(
     the model's own values, attributions of conserving methods sum to S(x) − S(x̄). Exits 1 when one
     of these is off.
     """
-    chosen, parsed = (None, {}) if method is None else chosen_method(method, options)
-    if method is None and options:
-        chosen, parsed = chosen_method("deeplift", options)
+    choices = chosen_methods(methods or ("deeplift",), options)
+    named = as_mapping(choices) if options else [choice.method.name for choice in choices]
     given = _inputs(model, inputs) if inputs else None
     with progress(f"verifying {model.name}"):
         found = verify(
             model,
-            None if chosen is None else chosen.name,
+            named if methods or options else None,
             source=source,
             inputs=given,
             baseline=None if baseline is None else _baseline(baseline),
             target=target,
+            targets=targets,
             samples=samples,
             seed=seed,
             tolerance=tolerance,
             dims=_dims(dims),
-            **parsed,
         )
     if as_json:
         print_json({"model": str(model), **found.to_dict()})
@@ -155,7 +164,7 @@ def _added(port: Port, recipe: Recipe, ports: Sequence[Port]) -> bool:
     """Whether an input is the compiler's: a target, a seed, or a baseline."""
     if port.name == recipe.target and port.name in ("seed",):
         return True
-    if port.name == "target" and recipe.target == "input":
+    if port.name == "target" and recipe.target == "input" and recipe.targets is None:
         return True
     names = {f"{other.name}_baseline" for other in ports}
     return recipe.baseline == "input" and port.name in names
@@ -180,9 +189,14 @@ def _dims(texts: Sequence[str]) -> dict[str, int]:
 
 
 def _text(model: Path, found: Verification) -> str:
-    options = " ".join(f"{key}={value}" for key, value in found.options.items())
     batches = f"{found.samples} batch{'es' * (found.samples != 1)}"
-    lines = [f"{model}: {found.method} {options}".rstrip() + f", {batches}"]
+    several = "," in found.method
+    of = found.options if several else {found.method: found.options}
+    shown = [
+        " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+        for name, options in of.items()
+    ]
+    lines = [f"{model}: {'; '.join(shown)}, {batches}"]
     table = [_HEAD, *(_row(check) for check in found.checks)]
     widths = [max(len(row[k]) for row in table) for k in range(len(_HEAD))]
     for row in table:

@@ -8,7 +8,7 @@ degree 2·steps − 1, ``trapezoid`` includes both ends, the others are Riemann 
 import numpy as np
 
 from onnx_attrib.errors import OptionError
-from onnx_attrib.methods.base import GRADIENT, Method, Option, Options, Path
+from onnx_attrib.methods.base import GRADIENT, Draws, Method, Option, Options
 
 
 def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,9 +26,9 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.arange(steps) + offset) / steps, np.full(steps, 1 / steps)
 
 
-def _path(options: Options) -> Path:
+def _draws(options: Options) -> Draws:
     points, weights = quadrature(options["quadrature"], options["steps"])
-    return Path(tuple(points), tuple(weights), options["chunk"])
+    return Draws(options["chunk"], tuple(weights), tuple(points))
 
 
 integrated_gradients = Method(
@@ -52,5 +52,5 @@ integrated_gradients = Method(
     ),
     needs_reference=True,
     complete=True,
-    path=_path,
+    draws=_draws,
 )

@@ -12,6 +12,7 @@ from onnx_attrib.rules import (  # noqa: F401  (each module enters its rows)
     lp_pooling,
     maxlike,
     ml,
+    order,
     pooling,
     quantization,
     recurrent,
@@ -19,6 +20,7 @@ from onnx_attrib.rules import (  # noqa: F401  (each module enters its rows)
     regions,
     resize,
     sampling,
+    scattering,
     shape,
     signal,
 )

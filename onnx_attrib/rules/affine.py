@@ -1,7 +1,7 @@
 """Layers with weights: y = W · x + b, of which rules replace W and b.
 
-Relevance rules (z⁺, γ, αβ, w², flat, the box), RevealCancel and pattern methods evaluate a layer, or
-its transpose, with other weights: the positive ones, their squares, ones, patterns.
+Relevance rules (z⁺, γ, αβ, w², flat, the box), RevealCancel and pattern methods evaluate a layer,
+or its transpose, with other weights: the positive ones, their squares, ones, patterns.
 """
 
 from __future__ import annotations

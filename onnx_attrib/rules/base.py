@@ -19,13 +19,53 @@ from onnx_attrib.ir import Emitter, Graph, Node, Shape, Tensor, static
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two multipliers of one tensor: m⁺ of the part Δ⁺ of its difference, m⁻ of Δ⁻.
+
+    They are kept as ``mean`` ± ``half``. ``tilt()`` is (Δ⁺ − Δ⁻) / Δ, zero where Δ is.
+    """
+
+    mean: Tensor
+    half: Tensor
+    tilt: Callable[[], Tensor]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Pair:
+        """The pair with a linear map applied to both."""
+        return replace(self, mean=change(self.mean), half=change(self.half))
+
+    def joined(self, op: Emitter) -> Tensor:
+        """The one multiplier m with m · Δ = m⁺ · Δ⁺ + m⁻ · Δ⁻; the mean where Δ is zero."""
+        return op.Add(self.mean, op.Mul(self.half, self.tilt()))
+
+
+Cotangent = Tensor | Pair
+"""A multiplier, or two that differ."""
+
+
+def each(m: Cotangent, change: Callable[[Tensor], Tensor]) -> Cotangent:
+    """A multiplier, or both, with a linear map applied."""
+    return m.each(change) if isinstance(m, Pair) else change(m)
+
+
+def total(op: Emitter, a: Cotangent, b: Cotangent) -> Cotangent:
+    """The sum of two cotangents of one tensor."""
+    if isinstance(a, Pair) and isinstance(b, Pair):
+        return replace(a, mean=op.Add(a.mean, b.mean), half=op.Add(a.half, b.half))
+    if isinstance(a, Pair):
+        return replace(a, mean=op.Add(a.mean, b))
+    return replace(b, mean=op.Add(a, b.mean)) if isinstance(b, Pair) else op.Add(a, b)
+
+
+@dataclass(frozen=True)
 class Site:
     """One node under differentiation.
 
     ``inputs`` and ``outputs`` hold the tensors' values at the point (None where optional and
-    absent), ``cotangents`` one multiplier per output (None where nothing flows back),
+    absent), ``cotangents`` one multiplier per output (None where nothing flows back; a pair only
+    for treatments that make pairs),
     ``active`` the indices of the inputs that carry attribution. ``reference`` is the same site
     at the baseline, for methods that have one. The reference's batch axis may be 1.
+    ``discarded``: a Where that follows may discard entries of the output, which may be infinite.
     """
 
     graph: Graph
@@ -35,6 +75,7 @@ class Site:
     cotangents: Sequence[Tensor | None]
     active: tuple[int, ...]
     reference: Site | None = None
+    discarded: bool = False
 
     @property
     def op(self) -> Emitter:
@@ -100,6 +141,13 @@ class Site:
         dtype = self.graph.dtype(tensor)
         return float(np.cbrt(2.0**-7 if dtype.name == "bfloat16" else np.finfo(dtype).eps))
 
+    def silenced(self, share: Tensor) -> Tensor:
+        """``share`` of an entry-by-entry operator, zero (not NaN) where its multiplier is zero."""
+        m = self.cotangents[0]
+        if isinstance(m, Pair):
+            m = self.op.Add(self.op.Abs(m.mean), self.op.Abs(m.half))
+        return self.op.Where(self.op.Equal(m, 0.0), 0.0, share)
+
     # -- shapes: constants where known, run-time arithmetic where not ------------------------
 
     def shape_of(self, tensor: Tensor) -> Tensor:
@@ -139,6 +187,23 @@ def _any(active: tuple[int, ...]) -> bool:
     return True
 
 
+Role = Literal["", "gate", "scale"]
+"""What an operator's output is to what it is multiplied with: a gate between 0 and 1, or the
+inverse of a size."""
+
+
+def no_role(graph: Graph, node: Node) -> Role:
+    return ""
+
+
+def gate(graph: Graph, node: Node) -> Role:
+    return "gate"
+
+
+def inverse(graph: Graph, node: Node) -> Role:
+    return "scale"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """What every class has.
@@ -150,7 +215,7 @@ class Rule:
     ``caveat``: what DeepLIFT's conservation asks of this operator, where a blocked input may
     depend on what is attributed ("exact where the indices are the same at x and x̄"), or of the
     values, if none is blocked. ``refused``: why no node of this operator can be handled, where the
-    row is only there to say so.
+    row is only there to say so. ``role(graph, node)``: what the output is as a factor.
     """
 
     op: str
@@ -161,6 +226,7 @@ class Rule:
     blocked: frozenset[int] = frozenset()
     caveat: str = ""
     refused: str = ""
+    role: Callable[[Graph, Node], Role] = no_role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +234,13 @@ class Linear(Rule):
     """Affine in its active inputs together: ``pull`` is the transposed map.
 
     ``flow``: an output entry ``"mixes"`` several input entries, ``"moves"`` one (or is none:
-    padding), or ``"scales"`` one (and may add a number to it).
+    padding), or ``"scales"`` one (and may add a number to it). ``positive``: it mixes them with
+    coefficients none of which is negative.
     """
 
     pull: Pull
     flow: Literal["mixes", "moves", "scales"] = "mixes"
+    positive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,12 +250,13 @@ class Bilinear(Rule):
     ``pull(site, i)`` reads the other operands from ``site.inputs``; with these at the midpoint
     of value and reference, a product of two conserves differences exactly. ``layer``: it sums
     products, so that with one active input it is a layer with weights
-    (:mod:`onnx_attrib.rules.affine`); the others multiply entry by entry. ``bias``: the input
-    that is added, if there is one.
+    (:mod:`onnx_attrib.rules.affine`), dense or a convolution. ``bias``: the input that is added,
+    if there is one. ``flow``: it sums products, or an output entry ``"scales"`` one input entry.
     """
 
     pull: Pull
-    layer: bool = False
+    flow: Literal["mixes", "scales"] = "mixes"
+    layer: Literal["", "dense", "convolution"] = ""
     bias: int | None = None
 
 
@@ -199,8 +268,8 @@ class Elementwise(Rule):
     costs one operator less and keeps NaN and infinities out. ``secant(site)`` is
     (f(z) − f(z̄)) / (z − z̄) where a closed form is better than the quotient, or None where this
     node has none. ``piecewise``: f is piecewise linear, so the quotient needs no smoothing near
-    z = z̄; ``kinked``: it is not, but its slope may jump. ``relu_like``: guided backprop and
-    deconvnet change this operator.
+    z = z̄; ``kinked``: it is not, but its slope may jump. ``poles``: it has some, and a step may
+    go across. ``relu_like(site)``: guided backprop and deconvnet change this operator.
     """
 
     derivative: Callable[[Site], Tensor]
@@ -208,7 +277,8 @@ class Elementwise(Rule):
     operand: int = 0
     piecewise: bool = False
     kinked: bool = False
-    relu_like: bool = False
+    poles: bool = False
+    relu_like: Callable[[Site], bool] = lambda site: False
     lazy: bool = True
 
 
@@ -235,14 +305,17 @@ class Composite(Rule):
 
     It returns one tensor per output (None for one that nothing can flow back from). ``pull`` is
     a fused gradient and ``difference`` a fused conserving rule, both of the first output, where
-    there is one. ``distribution``: a softmax or its kin, which relevance methods do not take
+    there is one (``difference`` returns None for a node whose definition serves).
+    ``distribution``: a softmax or its kin, which relevance methods do not take
     apart (the quotient f(z)/z of an exponential means nothing: the logits may be shifted).
+    ``moves``: an output entry is one of the input's, which ``pull`` finds again.
     """
 
     decompose: Callable[[Site], Sequence[Tensor | None]]
     pull: Pull | None = None
-    difference: Pull | None = None
+    difference: Callable[[Site, int], Tensor | None] | None = None
     distribution: bool = False
+    moves: bool = False
 
 
 class Walker(Protocol):

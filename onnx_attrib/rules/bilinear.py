@@ -18,6 +18,7 @@ from onnx_attrib.rules.base import (
     Site,
     Unsupported,
     add,
+    inverse,
     only,
 )
 from onnx_attrib.rules.elementwise import ref
@@ -50,6 +51,7 @@ add(
     Bilinear(
         op="Mul",
         pull=lambda s, i: s.op.Mul(s.m, s.x(1 - i)),
+        flow="scales",
         broadcasts=True,
         lazy=True,
     )
@@ -58,8 +60,25 @@ add(
 
 def divide_pull(s: Site, i: int) -> Tensor:
     """Forward form y = a / b. Backward returns m / b and −m · y / b."""
+    if s.discarded:
+        inverse = inverse_or_zero(s)
+        share = s.op.Mul(s.m, inverse)
+        if i == 1:
+            share = s.op.Neg(s.op.Mul(share, s.op.Mul(s.x(0), inverse)))
+        return s.silenced(share)
     share = s.op.Div(s.m, s.x(1))
     return share if i == 0 else s.op.Neg(s.op.Mul(share, s.op.Div(s.x(0), s.x(1))))
+
+
+def divide_definition(s: Site) -> list[Tensor]:
+    """a · 1/b."""
+    inverse = inverse_or_zero(s) if s.discarded else s.op.Reciprocal(s.x(1))
+    return [s.op.Mul(s.x(0), inverse)]
+
+
+def inverse_or_zero(s: Site) -> Tensor:
+    """1 / b, and 0 for b = 0, so that a quotient that a Where discards conserves too."""
+    return s.op.Where(s.op.Equal(s.x(1), 0.0), 0.0, s.op.Reciprocal(s.x(1)))
 
 
 add(
@@ -72,15 +91,17 @@ add(
         # (c/z − c/z̄)/Δz = −c/(z·z̄)
         secant=lambda s: s.op.Neg(s.op.Div(s.y, ref(s).x(1))),
         operand=1,
+        poles=True,
         covers=only(1),
         broadcasts=True,
+        role=inverse,
     )
 )
 add(
     Composite(
         op="Div",
         pull=divide_pull,
-        decompose=lambda s: [s.op.Mul(s.x(0), s.op.Reciprocal(s.x(1)))],
+        decompose=divide_definition,
         broadcasts=True,
     )
 )
@@ -114,7 +135,7 @@ def matmul_pull(s: Site, i: int) -> Tensor:
     return share
 
 
-add(Bilinear(op="MatMul", pull=matmul_pull, broadcasts=True, layer=True))
+add(Bilinear(op="MatMul", pull=matmul_pull, broadcasts=True, layer="dense"))
 
 
 def gemm_pull(s: Site, i: int) -> Tensor:
@@ -137,7 +158,7 @@ def gemm_pull(s: Site, i: int) -> Tensor:
     return op.Gemm(left, right, alpha=alpha, transA=turned[0], transB=turned[1])
 
 
-add(Bilinear(op="Gemm", pull=gemm_pull, broadcasts=True, layer=True, bias=2))
+add(Bilinear(op="Gemm", pull=gemm_pull, broadcasts=True, layer="dense", bias=2))
 
 # -- determinants ----------------------------------------------------------------------------------
 

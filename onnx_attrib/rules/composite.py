@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add, only
+from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add, gate, only
 from onnx_attrib.rules.elementwise import ref
 
 # -- softmax ---------------------------------------------------------------------------------------
@@ -59,7 +59,15 @@ def softmax_definition(s: Site) -> Sequence[Tensor]:
     return [s.op.Exp(log_softmax_definition(s)[0])]
 
 
-add(Composite(op="Softmax", pull=softmax_pull, decompose=softmax_definition, distribution=True))
+add(
+    Composite(
+        op="Softmax",
+        pull=softmax_pull,
+        decompose=softmax_definition,
+        distribution=True,
+        role=gate,
+    )
+)
 add(
     Composite(
         op="LogSoftmax",

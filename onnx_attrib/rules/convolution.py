@@ -356,7 +356,7 @@ def conv_pull(s: Site, i: int) -> Tensor:
     return correlate(s, s.x(0), s.m, window, group)
 
 
-add(Bilinear(op="Conv", pull=conv_pull, layer=True, bias=2))
+add(Bilinear(op="Conv", pull=conv_pull, layer="convolution", bias=2))
 
 
 def conv_transpose_pull(s: Site, i: int) -> Tensor:
@@ -373,4 +373,4 @@ def conv_transpose_pull(s: Site, i: int) -> Tensor:
     return correlate(s, s.m, s.x(0), window, group)
 
 
-add(Bilinear(op="ConvTranspose", pull=conv_transpose_pull, layer=True, bias=2))
+add(Bilinear(op="ConvTranspose", pull=conv_transpose_pull, layer="convolution", bias=2))

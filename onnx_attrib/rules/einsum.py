@@ -172,5 +172,5 @@ def pairwise(s: Site) -> Sequence[Tensor]:
 
 
 # Two that vary are exact at their midpoints, more are multiplied in pairs.
-add(Bilinear(op="Einsum", pull=einsum_pull, covers=lambda active: len(active) <= 2, layer=True))
+add(Bilinear(op="Einsum", pull=einsum_pull, covers=lambda active: len(active) <= 2, layer="dense"))
 add(Composite(op="Einsum", pull=einsum_pull, decompose=pairwise))

@@ -11,10 +11,35 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Composite, Elementwise, Linear, Site, add, only
+from onnx_attrib.ir import Graph, Node, Tensor
+from onnx_attrib.rules.base import (
+    Composite,
+    Elementwise,
+    Linear,
+    Role,
+    Site,
+    add,
+    gate,
+    inverse,
+    no_role,
+    only,
+)
 
 Slope = Callable[[Site], Tensor]
+
+
+def always(s: Site) -> bool:
+    return True
+
+
+def never(s: Site) -> bool:
+    return False
+
+
+def is_zero(s: Site, *operands: int) -> bool:
+    """Whether operands are constants of zeros."""
+    values = [s.value(i) for i in operands]
+    return all(value is not None and not value.any() for value in values)
 
 
 def row(
@@ -25,8 +50,10 @@ def row(
     operand: int = 0,
     piecewise: bool = False,
     kinked: bool = False,
-    relu_like: bool = False,
+    poles: bool = False,
+    relu_like: Callable[[Site], bool] = never,
     broadcasts: bool = False,
+    role: Callable[[Graph, Node], Role] = no_role,
 ) -> None:
     """Enter y = f(z) in one active operand."""
     add(
@@ -37,8 +64,10 @@ def row(
             operand=operand,
             piecewise=piecewise,
             kinked=kinked,
+            poles=poles,
             relu_like=relu_like,
             broadcasts=broadcasts,
+            role=role,
             covers=only(operand),
         )
     )
@@ -73,6 +102,8 @@ row(
     "Reciprocal",
     lambda s: s.op.Neg(s.op.Mul(s.y, s.y)),
     secant=lambda s: s.op.Neg(s.op.Mul(s.y, ref(s).y)),
+    poles=True,
+    role=inverse,
 )
 row("Exp", lambda s: s.y)
 
@@ -105,7 +136,7 @@ row("Sin", lambda s: s.op.Cos(s.x()))
 row("Cos", lambda s: s.op.Neg(s.op.Sin(s.x())))
 
 
-row("Tan", lambda s: s.op.Add(s.op.Mul(s.y, s.y), 1.0))
+row("Tan", lambda s: s.op.Add(s.op.Mul(s.y, s.y), 1.0), poles=True)
 row("Sinh", lambda s: s.op.Cosh(s.x()))
 row("Cosh", lambda s: s.op.Sinh(s.x()))
 
@@ -198,7 +229,13 @@ def power_secant(s: Site) -> Tensor:
     return close_to_zero(power_slope)(s)
 
 
-row("Pow", power_slope, secant=power_secant, broadcasts=True)
+def power_role(graph: Graph, node: Node) -> Role:
+    """A negative power is an inverse."""
+    fixed = graph.value(node.inputs[1])
+    return "scale" if fixed is not None and fixed.size and float(fixed.max()) < 0 else ""
+
+
+row("Pow", power_slope, secant=power_secant, broadcasts=True, role=power_role)
 row("Pow", exponential_slope, operand=1, broadcasts=True)
 add(
     Composite(
@@ -213,20 +250,20 @@ add(
 
 # -- activations -----------------------------------------------------------------------------------
 
-row("Relu", lambda s: s.op.Greater(s.y, 0.0), piecewise=True, relu_like=True)
+row("Relu", lambda s: s.op.Greater(s.y, 0.0), piecewise=True, relu_like=always)
 row(
     "LeakyRelu",
     lambda s: s.op.Where(positive(s), number(s, 1), number(s, s.attr("alpha"))),
     piecewise=True,
-    relu_like=True,
+    relu_like=always,
 )
 row(
     "ThresholdedRelu",
     lambda s: s.op.Greater(s.x(), s.attr("alpha")),
     piecewise=True,
-    relu_like=True,
+    relu_like=always,
 )
-row("Sigmoid", lambda s: s.op.Mul(s.y, s.op.Sub(1.0, s.y)))
+row("Sigmoid", lambda s: s.op.Mul(s.y, s.op.Sub(1.0, s.y)), role=gate)
 row("Tanh", lambda s: s.op.Sub(1.0, s.op.Mul(s.y, s.y)))
 row("Softplus", lambda s: s.op.Sigmoid(s.x()))
 
@@ -250,12 +287,17 @@ def exponential_unit(alpha: Callable[[Site], float], scale: Callable[[Site], flo
     return slope
 
 
-row("Elu", exponential_unit(lambda s: s.attr("alpha"), lambda s: 1.0), kinked=True, relu_like=True)
+row(
+    "Elu",
+    exponential_unit(lambda s: s.attr("alpha"), lambda s: 1.0),
+    kinked=True,
+    relu_like=always,
+)
 row(
     "Selu",
     exponential_unit(lambda s: s.attr("alpha"), lambda s: s.attr("gamma")),
     kinked=True,
-    relu_like=True,
+    relu_like=always,
 )
 
 
@@ -268,7 +310,7 @@ def celu_slope(s: Site) -> Tensor:
     return s.op.Where(positive(s), number(s, 1), below)
 
 
-row("Celu", celu_slope, relu_like=True)
+row("Celu", celu_slope, relu_like=always)
 
 
 def hard_sigmoid_slope(s: Site) -> Tensor:
@@ -277,7 +319,7 @@ def hard_sigmoid_slope(s: Site) -> Tensor:
     return op.Where(inside, number(s, s.attr("alpha")), number(s, 0))
 
 
-row("HardSigmoid", hard_sigmoid_slope, piecewise=True)
+row("HardSigmoid", hard_sigmoid_slope, piecewise=True, role=gate)
 
 
 def hard_swish_slope(s: Site) -> Tensor:
@@ -344,14 +386,14 @@ def clip_definition(s: Site) -> Sequence[Tensor]:
     return [y]
 
 
-row("Clip", clip_slope, piecewise=True, relu_like=True)
+row("Clip", clip_slope, piecewise=True, relu_like=lambda s: is_zero(s, 1))
 add(Composite(op="Clip", decompose=clip_definition))
 
 row(
     "PRelu",
     lambda s: s.op.Where(positive(s), number(s, 1), s.x(1)),
     piecewise=True,
-    relu_like=True,
+    relu_like=always,
     broadcasts=True,
 )
 add(

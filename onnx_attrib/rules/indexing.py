@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from onnx_attrib.ir import Tensor, is_tensor, static
-from onnx_attrib.rules.base import Linear, Site, Unsupported, add
+from onnx_attrib.ir import Node, Tensor, is_tensor, static
+from onnx_attrib.rules.base import Linear, Site, add
 from onnx_attrib.rules.shape import DATA_ONLY
 
 Ints = Any
@@ -245,7 +245,7 @@ add(Linear(op="Slice", pull=slice_pull, blocked=DATA_ONLY, caveat=SAME_PLACES, f
 add(Linear(op="Pad", pull=pad_pull, blocked=frozenset({1, 3}), flow="moves"))
 
 
-# -- gathering and scattering ----------------------------------------------------------------------
+# -- gathering -------------------------------------------------------------------------------------
 
 
 def gather_pull(s: Site, i: int) -> Tensor:
@@ -280,65 +280,6 @@ def gather_elements_pull(s: Site, i: int) -> Tensor:
     return s.op.ScatterElements(zeros, s.x(1), s.m, axis=axis, reduction="add")
 
 
-def scatter_pull(s: Site, i: int) -> Tensor:
-    """Forward form: X with updates written, or added, at indices.
-
-    Backward returns M with zeros where entries were overwritten, and M read at the indices.
-    """
-    reduction = s.attr("reduction")
-    if reduction not in ("none", "add"):
-        if s.reference is not None:
-            raise Unsupported(f"no conserving rule for the reduction '{reduction}'")
-        return scatter_product_pull(s, i) if reduction == "mul" else scatter_extreme_pull(s, i)
-    if i == 2:
-        return read_at(s, s.m)
-    return s.m if reduction == "add" else write_at(s, s.m, s.zeros_like(s.x(2)), "none")
-
-
-def read_at(s: Site, values: Tensor) -> Tensor:
-    """``values``, shaped like the data of a scatter, at its indices."""
-    if s.node.op == "ScatterND":
-        return s.op.GatherND(values, s.x(1))
-    return s.op.GatherElements(values, s.x(1), axis=s.attr("axis"))
-
-
-def write_at(s: Site, data: Tensor, updates: Tensor, reduction: str) -> Tensor:
-    """The scatter itself, of other values."""
-    where: dict[str, Any] = {} if s.node.op == "ScatterND" else {"axis": s.attr("axis")}
-    return s.graph.emit(s.node.op, data, s.x(1), updates, reduction=reduction, **where)
-
-
-def scatter_extreme_pull(s: Site, i: int) -> Tensor:
-    """Forward form: the largest (or smallest) of an entry and its updates.
-
-    Backward returns M to the entry where it stands, else to the update that took its place.
-    """
-    op, stands = s.op, s.op.Equal(s.x(0), s.y)
-    if i == 0:
-        return op.Where(stands, s.m, 0.0)
-    taken = op.And(op.Equal(s.x(2), read_at(s, s.y)), op.Not(read_at(s, stands)))
-    return op.Where(taken, read_at(s, s.m), 0.0)
-
-
-def scatter_product_pull(s: Site, i: int) -> Tensor:
-    """Forward form: an entry times all its updates. Backward returns M times the other factors.
-
-    These are the product over this factor; with a single zero among them, the product of the rest.
-    """
-    op, dtype = s.op, s.graph.dtype(s.y)
-    one = np.ones((), dtype)
-    if i == 0:
-        ones = op.Add(s.zeros_like(s.x(0)), one)
-        return op.Mul(s.m, write_at(s, ones, s.x(2), "mul"))
-    zero = [op.Equal(s.x(k), 0.0) for k in (0, 2)]
-    data, updates = (op.Where(z, one, s.x(k)) for z, k in zip(zero, (0, 2), strict=True))
-    counts = [op.Cast(z, to=dtype) for z in zero]
-    zeros = write_at(s, counts[0], counts[1], "add")
-    others = op.Sub(read_at(s, zeros), counts[1])
-    product = op.Div(read_at(s, write_at(s, data, updates, "mul")), updates)
-    return op.Where(op.Equal(others, 0.0), op.Mul(read_at(s, s.m), product), 0.0)
-
-
 add(Linear(op="Gather", pull=gather_pull, blocked=DATA_ONLY, caveat=SAME_INDICES, flow="moves"))
 add(
     Linear(
@@ -351,8 +292,6 @@ add(
 )
 add(Linear(op="GatherND", pull=replay, blocked=DATA_ONLY, caveat=SAME_INDICES, flow="moves"))
 add(Linear(op="Compress", pull=replay, blocked=DATA_ONLY, caveat=SAME_CONDITION, flow="moves"))
-add(Linear(op="ScatterElements", pull=scatter_pull, blocked=frozenset({1}), caveat=SAME_INDICES))
-add(Linear(op="ScatterND", pull=scatter_pull, blocked=frozenset({1}), caveat=SAME_INDICES))
 
 
 def one_hot_pull(s: Site, i: int) -> Tensor:
@@ -372,7 +311,33 @@ add(Linear(op="OneHot", pull=one_hot_pull, blocked=frozenset({0, 1})))
 
 def where_pull(s: Site, i: int) -> Tensor:
     """Forward form Y = X₁ where C, else X₂. Backward returns M where that input was chosen."""
+    if s.reference is not None and guards_quotient(s, i):
+        # The quotient counts as 0 itself where the Where says so: nothing is chosen.
+        return s.m
     return s.op.Where(s.x(0), s.m, 0.0) if i == 1 else s.op.Where(s.x(0), 0.0, s.m)
+
+
+def guards_quotient(s: Site, i: int) -> bool:
+    """Whether Y is a / b, or 0 where b = 0, with a / b at input ``i``."""
+    quotient, zero = made_by(s.node.inputs[i], "Div"), s.value(3 - i)
+    test = s.node.inputs[0]
+    if i == 1:
+        negated = made_by(test, "Not")
+        test = negated.inputs[0] if negated else None
+    equal = made_by(test, "Equal") if test is not None else None
+    if quotient is None or equal is None or zero is None or np.any(zero != 0):
+        return False
+    for b, other in (equal.inputs, equal.inputs[::-1]):
+        value = s.graph.value(other)
+        if b.name == quotient.inputs[1].name and value is not None and not np.any(value != 0):
+            return True
+    return False
+
+
+def made_by(tensor: Tensor, op: str) -> Node | None:
+    """The ``op`` that computes a tensor, or None if it is not one."""
+    node = tensor.inputs[0] if tensor.inputs else None
+    return node if node is not None and node.op == op and not node.domain else None
 
 
 def tile_pull(s: Site, i: int) -> Tensor:
@@ -451,5 +416,6 @@ add(
         op="CumSum",
         pull=lambda s, i: again(s, reverse=1 - s.attr("reverse")),
         blocked=DATA_ONLY,
+        positive=True,
     )
 )

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Composite, Elementwise, MaxLike, Site, Unsupported, add, only
-from onnx_attrib.rules.indexing import Ints, axis_of, calc, count_up, sizes
-from onnx_attrib.rules.reduction import halves, kept, reduced_axes, unreduced
+from onnx_attrib.rules.base import Elementwise, MaxLike, Site, add, only
+from onnx_attrib.rules.elementwise import is_zero
+from onnx_attrib.rules.indexing import Ints, calc, count_up, sizes
+from onnx_attrib.rules.reduction import kept, reduced_axes, unreduced
 from onnx_attrib.rules.shape import DATA_ONLY
 
 # -- over axes -------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ _SINGLE = 4
 """Operands up to which one varying operand among constants is an activation."""
 
 
-def extremum(op: str, beyond: str, sense: int, relu_like: bool) -> None:
+def extremum(op: str, beyond: str, sense: int) -> None:
     """Forward form: the largest (smallest) of several broadcast operands."""
 
     def winner(s: Site) -> Tensor:
@@ -124,6 +125,11 @@ def extremum(op: str, beyond: str, sense: int, relu_like: bool) -> None:
                 return s.op.Equal(s.y, s.y)
             bound = others[0] if len(others) == 1 else s.graph.emit(op, *others)
             return s.graph.emit(beyond, s.y, bound)
+
+        def relu_like(s: Site) -> bool:
+            """Max(x, 0) is a ReLU."""
+            others = [j for j in range(len(s.inputs)) if j != k]
+            return sense > 0 and bool(others) and is_zero(s, *others)
 
         return Elementwise(
             op=op,
@@ -149,51 +155,5 @@ def extremum(op: str, beyond: str, sense: int, relu_like: bool) -> None:
     )
 
 
-extremum("Max", "Greater", 1, relu_like=True)
-extremum("Min", "Less", -1, relu_like=False)
-
-
-# -- the k largest ---------------------------------------------------------------------------------
-
-_LARGEST_K = 32
-"""Entries up to which TopK is spelled out for comparison with a reference."""
-
-
-def top_k_pull(s: Site, i: int) -> Tensor:
-    """Forward form: the k largest (smallest) entries along an axis, and where they were.
-
-    Backward returns zeros of X's shape with M there.
-    """
-    return s.op.ScatterElements(s.zeros_like(s.x()), s.outputs[1], s.m, axis=s.attr("axis"))
-
-
-def top_k_definition(s: Site) -> Sequence[Tensor | None]:
-    """k knockouts: the winner of pairwise maxima leaves, the minima play on.
-
-    Every pair conserves differences, which picking the entries by their positions would not.
-    """
-    axis, count = axis_of(s, s.x()), s.value(1)
-    most, least = ("Max", "Min") if s.attr("largest") else ("Min", "Max")
-    if count is not None and count.size == 1 and count.item() == 1:
-        place = s.graph.constant([axis], np.int64)
-        return [s.graph.emit(f"Reduce{most}", s.x(), place, keepdims=1), None]
-    extent = sizes(s, s.x(), np.array([axis]))
-    if count is None or not isinstance(extent, np.ndarray):
-        raise Unsupported("how many of how many entries are picked is only known at run time")
-    if count.item() > _LARGEST_K or not s.attr("sorted"):
-        raise Unsupported(f"only {_LARGEST_K} sorted entries can be compared with a reference")
-    picked, field, players = [], s.x(), int(extent[0])
-    for _ in range(count.item()):
-        losers, left = [], players
-        while left > 1:
-            first, second, *bye = halves(s, field, left, axis)
-            losers.append(s.graph.emit(least, first, second))
-            field = s.op.Concat(s.graph.emit(most, first, second), *bye, axis=axis)
-            left -= left // 2
-        picked.append(field)
-        players -= 1
-        field = s.op.Concat(*losers, axis=axis) if losers else field
-    return [s.op.Concat(*picked, axis=axis), None]
-
-
-add(Composite(op="TopK", decompose=top_k_definition, pull=top_k_pull, blocked=DATA_ONLY))
+extremum("Max", "Greater", 1)
+extremum("Min", "Less", -1)

@@ -163,7 +163,7 @@ def beside_data(s: Site, number: Tensor) -> Tensor:
     return made
 
 
-add(Linear(op="AveragePool", pull=average_pull))
+add(Linear(op="AveragePool", pull=average_pull, positive=True))
 
 
 def global_average_pull(s: Site, i: int) -> Tensor:
@@ -182,7 +182,7 @@ def global_average_pull(s: Site, i: int) -> Tensor:
     return share
 
 
-add(Linear(op="GlobalAveragePool", pull=global_average_pull))
+add(Linear(op="GlobalAveragePool", pull=global_average_pull, positive=True))
 
 
 # -- maxima ----------------------------------------------------------------------------------------

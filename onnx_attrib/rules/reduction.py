@@ -64,8 +64,8 @@ def mean_pull(s: Site, i: int) -> Tensor:
     return op.Div(m, op.Cast(total, to=s.graph.dtype(m)))
 
 
-add(Linear(op="ReduceSum", pull=lambda s, i: kept(s, s.m), blocked=DATA_ONLY))
-add(Linear(op="ReduceMean", pull=mean_pull, blocked=DATA_ONLY))
+add(Linear(op="ReduceSum", pull=lambda s, i: kept(s, s.m), blocked=DATA_ONLY, positive=True))
+add(Linear(op="ReduceMean", pull=mean_pull, blocked=DATA_ONLY, positive=True))
 
 
 # -- by definition: an elementwise function, a sum, perhaps another function -----------------------
@@ -120,8 +120,10 @@ def product_definition(s: Site) -> Sequence[Tensor]:
     """Products of pairs, halving each axis until one entry is left."""
     op, result, axes = s.op, s.x(), reduced_axes(s)
     count = None if axes is None else sizes(s, s.x(), np.array(axes, np.int64))
-    if axes is None or not isinstance(count, np.ndarray):
-        raise Unsupported("a product over axes of unknown size has no definition to compare with")
+    if axes is None:
+        return [product_by_place(s)]
+    if not isinstance(count, np.ndarray):
+        return [product_of_any_size(s, axes)]
     if not np.all(count):
         raise Unsupported("a product over an empty axis")
     for axis, length in zip(axes, count.tolist(), strict=True):
@@ -130,6 +132,32 @@ def product_definition(s: Site) -> Sequence[Tensor]:
             result = op.Concat(op.Mul(left, right), *rest, axis=axis)
             length -= length // 2
     return [op.Squeeze(result, list(axes)) if axes and not s.attr("keepdims") else result]
+
+
+def product_of_any_size(s: Site, axes: tuple[int, ...]) -> Tensor:
+    """The product where sizes are known at run time only: all entries scattered to one."""
+    op, rest = s.op, [k for k in range(s.rank(s.x())) if k not in axes]
+    last = len(rest)
+    rows = op.Reshape(op.Transpose(s.x(), perm=[*rest, *axes]), [*[0] * last, -1])
+    ones = op.Expand(
+        np.ones(1, s.graph.dtype(rows)), op.Concat(op.Shape(rows, end=last), [1], axis=0)
+    )
+    first = op.ConstantOfShape(op.Shape(rows), value=np.zeros(1, np.int64))
+    product = op.Squeeze(op.ScatterElements(ones, first, rows, axis=last, reduction="mul"), [last])
+    return op.Unsqueeze(product, list(axes)) if s.attr("keepdims") else product
+
+
+def product_by_place(s: Site) -> Tensor:
+    """The product where the axes are known at run time only: entries scattered to the output."""
+    op, x, flat = s.op, s.x(), [-1]
+    like = s.graph.emit(s.node.op, x, s.optional(1), **s.node.attrs)
+    numbers = op.Range(np.int64(0), op.Size(like), np.int64(1))
+    place = op.Expand(op.Reshape(numbers, op.Shape(unreduced(s))), op.Shape(x))
+    ones = op.Expand(np.ones(1, s.graph.dtype(x)), op.Shape(numbers))
+    product = op.ScatterElements(
+        ones, op.Reshape(place, flat), op.Reshape(x, flat), axis=0, reduction="mul"
+    )
+    return s.reshape(product, like)
 
 
 for name, definition in {

@@ -155,9 +155,12 @@ def stft_pull(s: Site, i: int) -> Tensor:
     """Forward form Y[b, f] = F · (W ⊙ X[b, f · step + 0 … L − 1]), [B, T, 1 or 2], window W [L].
 
     Backward returns, from the frames G = Fᵀ · M [B, f, L, 1 or 2], W ⊙ G added up where the frames
-    were; and Σ_{b, f} of the frames ⊙ G.
+    were; and Σ_{b, f} of the frames ⊙ G. ONNX Runtime takes X [B, T] too.
     """
     op, x, window = s.op, s.x(), s.optional(2)
+    if s.rank(x) == 2:
+        share = stft_pull(s.at([op.Unsqueeze(x, [2]), *s.inputs[1:]]), i)
+        return op.Squeeze(share, [2]) if i == 0 else share
     frames = frame_gradients(s)
     step, size = scalar(s, 1), frame_length(s)
     start = op.Mul(count_up(s, sizes(s, s.y, [1])), step)
