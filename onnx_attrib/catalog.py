@@ -17,6 +17,7 @@ class OptionInfo:
     help: str
     choices: tuple[str, ...] = ()
     minimum: float | None = None
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ def describe(method: Method) -> MethodInfo:
         paper=method.paper,
         complete=method.complete,
         needs_reference=method.needs_reference,
-        signed=method.is_signed(method.parse({})),
+        signed=method.is_signed(method.defaults),
         options=tuple(
-            OptionInfo(o.name, o.default, o.help, o.choices, o.minimum) for o in method.options
+            OptionInfo(o.name, o.default, o.help, o.choices, o.minimum, o.required)
+            for o in method.options
         ),
     )

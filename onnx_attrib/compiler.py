@@ -92,7 +92,7 @@ def compile(
     Returns:
         A ModelProto (opset 21, IR 10) with the model's own inputs and outputs and an output
         ``<T>_attribution`` of T's shape for each attributed tensor T (``<T>_attribution_<method>``
-        for each of several methods).
+        for each of several methods). Class activation maps have one channel.
 
     Raises:
         CompileError: and its subclasses ModelError (the file), OptionError (the request) and

@@ -55,7 +55,10 @@ class UnsupportedOpError(CompileError):
         count = len(self.offences)
         head = f"{count} node{'s' if count > 1 else ''} cannot be differentiated:"
         lines = [head, *(f"  {offence}" for offence in self.offences)]
-        lines.append(f"{advice} {WITHOUT}".strip())
+        told = any("'occlusion'" in offence.reason for offence in self.offences)
+        closing = advice if told else f"{advice} {WITHOUT}".strip()
+        if closing:
+            lines.append(closing)
         super().__init__("\n".join(lines))
 
 

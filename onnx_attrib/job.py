@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values, is_float
+from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values
 from onnx_attrib.methods.base import Method, Table
 
 Target = str | int | tuple[int, ...]
@@ -85,8 +85,8 @@ class Cluster:
     """What the operator reads besides the root: merged weights."""
     piecewise: bool = False
     """Whether the nonlinearity is piecewise linear."""
-    rectifier: bool = False
-    """Whether it is a ReLU or its kin."""
+    rectifier: float = 0.0
+    """Its slope for positive numbers, if it is a ReLU or its kin."""
 
 
 @dataclass
@@ -103,11 +103,6 @@ class Background:
     rows: dict[str, Tensor]
     shared: bool
     count: int | Tensor
-
-    def tensors(self) -> list[Tensor]:
-        """The float tensors that change with the reference."""
-        computed = [t for node in self.region for t in node.outputs if t.name]
-        return [t for t in (*self.sources, *computed) if is_float(t.dtype)]
 
 
 @dataclass

@@ -7,7 +7,7 @@ so that one extreme entry does not fade the rest. Needs matplotlib, but no displ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -40,7 +40,7 @@ class Panel:
     ``attribution``: [H, W] for an image, [L] for a signal or bars. ``shown``: the input beside it;
     pixels [H, W, C] from 0 to 255, or values [C, L] of a signal or [L] of features; None leaves it
     out. ``labels``: names of features or positions. ``overlay``: an image's input also shows
-    through the attribution.
+    through the attribution. ``beside``: an image's input is shown next to it.
     """
 
     kind: Kind
@@ -50,6 +50,7 @@ class Panel:
     source: str = ""
     labels: Sequence[str] = ()
     overlay: bool = True
+    beside: bool = True
 
     @property
     def caption(self) -> str:
@@ -131,7 +132,42 @@ def draw(panels: Sequence[Panel], heading: str = "", signed: bool = True) -> Any
         figure.suptitle(heading, fontsize=11, fontweight="bold")
     grid = figure.subfigures(rows, columns, squeeze=False)
     for panel, part in zip(panels, grid.flat, strict=False):
-        {"image": _image, "signal": _signal, "bars": _bars}[panel.kind](part, panel, signed)
+        _KINDS[panel.kind](part, panel, signed)
+    return figure
+
+
+def draw_lines(
+    lines: Sequence[Sequence[Panel]],
+    names: Sequence[str],
+    heading: str = "",
+    signed: Sequence[bool] = (),
+) -> Any:
+    """A matplotlib Figure of several attributions of each input, side by side.
+
+    One of up to :data:`MOST` ``lines`` for each input, one panel in it for each of ``names``, the
+    methods. An image's input is drawn once, at the beginning of its line.
+    """
+    figure_module = _matplotlib()
+    lines = [list(line) for line in lines][:MOST]
+    width, height = _cell([panel for line in lines for panel in line])
+    pictures = all(line[0].kind == "image" and line[0].shown is not None for line in lines)
+    # The first holds the input too.
+    ratios = [1.0] + [0.55 if pictures else 1.0] * (len(names) - 1)
+    figure = figure_module.Figure(
+        figsize=(width * sum(ratios), (height + 0.15) * len(lines) + 0.3),
+        dpi=150,
+        layout="constrained",
+    )
+    if heading:
+        figure.suptitle(_short(heading, 40 * len(names)), fontsize=11, fontweight="bold")
+    grid = figure.subfigures(len(lines), len(names), squeeze=False, width_ratios=ratios)
+    for line, parts in zip(lines, grid, strict=True):
+        for k, (panel, part, name) in enumerate(zip(line, parts, names, strict=True)):
+            if panel.kind == "image" and panel.shown is not None:
+                panel = replace(panel, title=name, source=panel.caption, beside=k == 0)
+            else:
+                panel = replace(panel, title=f"{name}: {panel.title}" if k == 0 else name)
+            _KINDS[panel.kind](part, panel, signed[k] if signed else True)
     return figure
 
 
@@ -173,12 +209,14 @@ def _cell(panels: Sequence[Panel]) -> tuple[float, float]:
 
 def _image(part: Any, panel: Panel, signed: bool) -> None:
     a, shown = panel.attribution, panel.shown
-    axes = part.subplots(1, 1 if shown is None else 2, squeeze=False)[0]
+    beside = shown is not None and panel.beside
+    axes = part.subplots(1, 2 if beside else 1, squeeze=False)[0]
     height, width = a.shape
     # One coordinate system, so that a coarse layer lies where it looks.
     extent = (0, width, height, 0)
     if shown is not None:
         smooth = "nearest" if max(shown.shape[:2]) <= 128 else "antialiased"
+    if shown is not None and beside:
         flat = shown[..., 0] if shown.shape[-1] == 1 else shown
         axes[0].imshow(flat, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth)
         axes[0].set_title(_short(panel.source), fontsize=9)
@@ -286,6 +324,9 @@ def _bars(part: Any, panel: Panel, signed: bool) -> None:
     _tidy([ax])
 
 
+_KINDS = {"image": _image, "signal": _signal, "bars": _bars}
+
+
 # -- parts -----------------------------------------------------------------------------------------
 
 
@@ -337,4 +378,14 @@ def _matplotlib() -> ModuleType:
     return matplotlib.figure
 
 
-__all__ = ["MOST", "Panel", "as_pixels", "draw", "limit", "panel_of", "require", "save"]
+__all__ = [
+    "MOST",
+    "Panel",
+    "as_pixels",
+    "draw",
+    "draw_lines",
+    "limit",
+    "panel_of",
+    "require",
+    "save",
+]

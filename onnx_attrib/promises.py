@@ -1,6 +1,7 @@
 """What a method promises of its attributions, checked against the model's forward part.
 
 - Gradients agree with central differences of S.
+- An entry's occlusion is the mean change by the windows that cover it.
 - Attributions of a conserving method sum to S(x) − S(x̄); those of a path method to the same
   quadrature of differences along the path.
 
@@ -16,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from onnx_attrib import covering
+from onnx_attrib.covering import Index
 from onnx_attrib.errors import CompileError
 from onnx_attrib.feeds import Array
 from onnx_attrib.forward import attributed
@@ -31,8 +34,8 @@ from onnx_attrib.measure import (
     weighted,
 )
 from onnx_attrib.methods import get as method_named
-from onnx_attrib.methods.base import GRADIENT
-from onnx_attrib.passes.postprocess import batch_axis
+from onnx_attrib.methods.base import GRADIENT, Occluded
+from onnx_attrib.passes.postprocess import batch_axis, samples_axis
 from onnx_attrib.trial import Point, Trial
 
 Status = Literal["ok", "OFF", "unclear", "skipped", "info"]
@@ -42,6 +45,8 @@ _VAGUE = 0.1
 """A relative uncertainty beyond which a check says nothing."""
 _DIRECTIONS = 9
 """Of differences, over all batches: with fewer, errors of two steps often agree by chance."""
+_WINDOWS = 240
+"""How many windows are evaluated one by one, about, over all batches."""
 _SUM = "sum = S(x) − S(x̄)"
 
 
@@ -90,6 +95,7 @@ class _Promise:
         self.options = self.recipe.methods[method]
         self.method, _ = method_named(method).chosen(self.options)
         self.names, self.outermost = trial.names, trial.outermost
+        self.perturbed = self.method.perturbs(self.options) if self.method.perturbs else None
         draws = self.method.draws(self.options) if self.method.draws else None
         self.path = draws if draws and draws.path else None
 
@@ -103,6 +109,9 @@ class _Promise:
             checks += [self._path(explained[0]), self._sums(explained)]
         elif method.complete:
             checks.append(self._sums(explained))
+        elif isinstance(self.perturbed, Occluded):
+            for name in self.outermost:
+                checks.append(self._windows(name, self.perturbed, explained, rng))
         elif self._plain():
             for name in self.names:
                 checks.append(self._differences(name, explained, rng))
@@ -375,6 +384,51 @@ class _Promise:
             x, base = (v[name].astype(np.float64) for v in (point.x, point.reference))
             result[name] = (base + alpha * (x - base)).astype(point.x[name].dtype)
         return result
+
+    # -- windows -------------------------------------------------------------------------------
+
+    def _windows(
+        self, name: str, how: Occluded, explained: Sequence[Explained], rng: np.random.Generator
+    ) -> Check:
+        """Single entries against the windows that cover them, evaluated one by one."""
+        title = self._title(f"windows of '{name}'")
+        if any(e.point.reference is None for e in explained):
+            return self._unknown(title)
+        if self.recipe.reduce:
+            return Check(title, "skipped", "reduced by sum: single entries are not to be seen")
+        declared = attributed(self.trial.model, name).type.tensor_type.shape.dim
+        shape = tuple(d.dim_value or d.dim_param or None for d in declared)
+        axis = samples_axis(shape, self.recipe.output_shape)
+        measured, count = [], 0
+        for e in explained:
+            sizes = e.point.x[name].shape
+            entries = covering.drawn(sizes, axis, how, rng, _WINDOWS // len(explained))
+            for place, slices in entries:
+                measured += self._covered(e, name, axis, place, slices)
+                count += len(slices)
+        return self._judged(title, measured, f"{count} windows, evaluated one by one")
+
+    def _covered(
+        self, e: Explained, name: str, axis: int | None, place: Index, slices: Sequence[Index]
+    ) -> list[Measured]:
+        """An entry of all samples against the mean change by the windows that cover it."""
+        x = e.point.x[name]
+        given = np.asarray(e.attributions[name], np.float64)[place].ravel()
+        reference = (e.point.reference or {})[name]
+        before, total = weighted(e.weights, e.point.output), np.zeros(len(given))
+        noise = np.zeros(len(given))
+        for where in slices:
+            there = x.copy()
+            there[where] = np.broadcast_to(reference, x.shape)[where]
+            (y,) = self.trial.forward([name])({**e.point.feeds, name: there})
+            sides = [before, weighted(e.weights, y)]
+            apart = axis is not None and y.ndim > 0 and len(y) == x.shape[axis]
+            rows = [side.reshape(len(y) if apart else 1, -1) for side in sides]
+            total += (rows[0] - rows[1]).sum(axis=1) / len(slices)
+            noise += sum(np.abs(row).sum(axis=1) for row in rows) / len(slices)
+        noise *= 8 * epsilon(e.point.output)
+        parts = zip(given - total, total, noise, strict=True)
+        return [Measured(*(float(v) for v in part)) for part in parts]
 
     # -- judging -------------------------------------------------------------------------------
 

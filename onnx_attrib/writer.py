@@ -228,7 +228,7 @@ def infer_shapes(model: ModelProto, **options: bool) -> ModelProto:
     results = list(all_nodes(inferred.graph)) if unknown else []
     for k, name in unknown.items():
         results[k].op_type = name
-    if complete(inferred.graph, declared(inferred.graph)):
+    if complete(inferred.graph, declared(inferred.graph), inferred.opset_import):
         return infer_shapes(inferred, **options)
     return inferred
 

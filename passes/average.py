@@ -24,7 +24,7 @@ from onnx_attrib.job import Background, Job
 from onnx_attrib.methods.base import Draws, Noise
 from onnx_attrib.passes.differentiate import full, multipliers, starts, sweep_of
 from onnx_attrib.passes.reference import captured, outermost
-from onnx_attrib.passes.stack import Stack, accumulate, stackable, zeros
+from onnx_attrib.passes.stack import Stack, accumulate, copyable, stackable, zeros
 
 
 def average(job: Job) -> None:
@@ -271,7 +271,7 @@ class _Group:
         n = self._samples()
         again = {
             t.name: self._repeated(at(t), n)
-            for t in background.tensors()
+            for t in (*background.sources, *copyable(background.region))
             if self._row_axis(at(t)) is not None
         }
         return self.graph.replicate(background.region, again, self.stack.dims), {}

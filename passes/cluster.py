@@ -10,8 +10,8 @@ most scalar arithmetic between them (log(1 + e^z)), is one. A constant for each 
 is a layer of its own and ends the chain, and so does a sum before the first nonlinearity, which may
 be a layer's bias.
 
-Methods that change ReLUs only ask for regions that are one: Where(x > 0, x, 0), (x + |x|) / 2,
-Max(x, x/10). What a region is, its values at a few numbers tell.
+For methods that change ReLUs only, a region is one or is none as a whole: Where(x > 0, x, 0),
+(x + |x|) / 2 and Max(x, x/10) are. What a region is, its values at a few numbers tell.
 
 Precondition: scope. Postcondition: ``job.clusters`` maps a region's last output to the region.
 """
@@ -39,7 +39,9 @@ _POINTWISE = frozenset(
 )
 _ARITHMETIC = frozenset("Add Sub Mul Div Neg Identity".split())
 _INVERSE = frozenset({"Div", "Reciprocal"})
+_SIZES = frozenset({"Shape", "Size"})
 _LARGEST = 64
+_RECTIFIERS = frozenset({"Relu", "LeakyRelu", "PRelu"})
 _PROBES = np.array([-64, -9, -1, -0.25, -0.01, 0, 0.01, 0.25, 1, 9, 64])
 _CLOSE = 5e-3
 
@@ -60,7 +62,11 @@ class Stretch:
     found: dict[str, Cluster] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.varying = self.varying | {t.name for n in self.dependent for t in n.outputs}
+        self.varying = set(self.varying)
+        for node in self.dependent:
+            # What is made of a tensor's sizes alone (zeros like it) is as good as a constant.
+            if node.op not in _SIZES and any(t.name in self.varying for t in self.graph.uses(node)):
+                self.varying |= {t.name for t in node.outputs}
         self.order = {t.name: i for i, n in enumerate(self.dependent) for t in n.outputs}
 
 
@@ -87,15 +93,18 @@ def find(stretch: Stretch, kind: str) -> dict[str, Cluster]:
     if kind == "rectifiers":
         regions, stretch.found = stretch.found, {}
         for name, region in regions.items():
-            if _rectifies(stretch.graph, region):
-                stretch.found[name] = replace(region, rectifier=True)
+            rectifier = _rectifier(stretch.graph, region)
+            # In x + ReLU(x), the ReLU is one; in x · Clip(x + 3, 0, 6), the Clip is none.
+            if rectifier or not any(node.op in _RECTIFIERS for node in region.nodes):
+                stretch.found[name] = replace(region, rectifier=rectifier)
     return stretch.found
 
 
-def _rectifies(graph: Graph, region: Cluster) -> bool:
-    """Whether a region is z from zero on and falls behind below: ReLU, LeakyReLU, PReLU, ELU, SELU.
+def _rectifier(graph: Graph, region: Cluster) -> float:
+    """The slope for positive z of a ReLU or its kin, 0 for other regions.
 
-    SELU is 1.05 z; a ReLU may have any factor (x + |x|). But x + ReLU(x) is a sum with a ReLU in it.
+    It is straight from zero on, and falls behind below: never up again, nor above zero. A ReLU may
+    have any slope (x + |x|), LeakyReLU, ELU and SELU have about 1: z + ReLU(z) is none.
     """
     rank = len(graph.shape(region.root) or ())
     z = _PROBES.astype(graph.dtype(region.root)).reshape(-1, *[1] * (rank - 1))
@@ -103,18 +112,18 @@ def _rectifies(graph: Graph, region: Cluster) -> bool:
         y = _evaluated(graph, region, z)
     except Exception:
         # The reference evaluator may lack a type, and sizes along the batch need not fit.
-        return False
+        return 0.0
     if rank < 1 or y.shape[0] != z.size:
-        return False
+        return 0.0
     z, y = (array.astype(np.float64).reshape(z.size, -1) for array in (z, y))
     below, above = z[:, 0] < 0, z[:, 0] >= 0
-    factor = y[-1] / z[-1]
-    close = np.abs(y[above] - factor * z[above]) <= _CLOSE * np.abs(factor * z[above])
+    slope = float(y[-1, 0] / z[-1, 0])
+    straight = np.abs(y[above] - slope * z[above]) <= _CLOSE * np.abs(slope * z[above])
     rising = np.diff(y[below], axis=0) >= -_CLOSE * np.abs(y[below][1:])
-    behind = y[0] > 0.99 * factor * z[0]
-    plain = (np.abs(factor - 1) < 0.1) | ((y[below] == 0).all(axis=0) & (factor > 0))
-    checks = (plain, close, y[below] <= 0, rising, behind)
-    return all(bool(np.all(check)) for check in checks)
+    behind = y[0] > 0.99 * slope * z[0]
+    plain = slope > 0 and (abs(slope - 1) < 0.1 or not y[below].any())
+    checks = (plain, straight, y[below] <= 0, rising, behind)
+    return slope if all(bool(np.all(check)) for check in checks) else 0.0
 
 
 def _evaluated(graph: Graph, region: Cluster, z: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from onnx_attrib.job import Cluster, Front, Job, Scope
 from onnx_attrib.methods.base import GRADIENT, Shares, Table
 from onnx_attrib.passes.cluster import Stretch, find
 from onnx_attrib.passes.discarded import discarded, may_be_infinite
+from onnx_attrib.passes.recognize import spelled
 from onnx_attrib.passes.simplify import share
 from onnx_attrib.rules import Composite, Elementwise, Rule, Site, Structured, Unsupported
 from onnx_attrib.rules.base import Cotangent, Pair, each, total
@@ -261,7 +262,11 @@ class Sweep:
                 dependent.append(node)
                 changing.update(t.name for t in node.outputs if t.name)
         on_path = [node for node in nodes if active_inputs(node, active)]
-        return find(Stretch(graph, on_path, dependent, active, outside), self.clustering)
+        found = find(Stretch(graph, on_path, dependent, active, outside), self.clustering)
+        softmaxes = spelled(graph, on_path, active)
+        # The definition of a softmax is not to be followed through a softmax.
+        own = [r.stand_in is not None and r.stand_in.op == site.node.op for r in softmaxes.values()]
+        return found if any(own) else {**found, **softmaxes}
 
     def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
         """Names of the tensors that ``roots`` reach through differentiable operators."""
@@ -304,7 +309,12 @@ class Sweep:
 
     def enter(self, site: Site, kind: str) -> None:
         """Note that the site's operator was met and treated as one of a kind."""
-        self.met.setdefault(kind, {})[site.node.op] = None
+        cluster = self.clusters.get(site.node.outputs[0].name)
+        name = site.node.op
+        if cluster is not None and cluster.stand_in is None:
+            parts = list(dict.fromkeys(node.op for node in cluster.nodes))
+            name = parts[0] if len(parts) == 1 else f"({', '.join(parts)})"
+        self.met.setdefault(kind, {})[name] = None
 
     def _site(
         self, node: Node, cotangents: list[Cotangent | None], active: set[str]
@@ -394,9 +404,7 @@ class Sweep:
                 i: each(m, partial(unbroadcast, site, operand=site.x(i), output=site.y))
                 for i, m in shares.items()
             }
-        return {
-            i: each(m, partial(self._refined, operand=site.x(i))) for i, m in shares.items()
-        }
+        return {i: each(m, partial(self._refined, operand=site.x(i))) for i, m in shares.items()}
 
     def _spans(self, site: Site) -> bool:
         """Whether no active operand is broadcast, so that a lazy cotangent may stay so."""

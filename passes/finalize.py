@@ -72,6 +72,9 @@ def _residual(job: Job, seed: Tensor, attributions: Mapping[str, Tensor]) -> Ten
         graph,
         [_per_sample(job, t) for t in (op.Mul(seed, difference), *counted)],
     )
+    # Inputs and output may be floats of different types.
+    kind = graph.dtype(change)
+    parts = [part if graph.dtype(part) == kind else op.Cast(part, to=kind) for part in parts]
     total = parts[0]
     for part in parts[1:]:
         total = op.Add(total, part)

@@ -17,7 +17,7 @@ from onnx_attrib.errors import CompileError, OptionError
 from onnx_attrib.ir import Graph, Node, Tensor
 from onnx_attrib.job import Job
 from onnx_attrib.methods.base import GRADIENT, Map
-from onnx_attrib.passes.differentiate import Sweep, full, starts, sweep_of
+from onnx_attrib.passes.differentiate import Sweep, full, multipliers, starts, sweep_of
 from onnx_attrib.passes.positions import Roles, last_block, roles_of
 from onnx_attrib.passes.scope import ancestors, between, float_tensor
 
@@ -29,22 +29,25 @@ def localize(job: Job) -> None:
     graph, scope, wanted = job.graph, job.scope, job.method.map(job.options)
     nodes = ancestors(graph, scope.output)
     layer = _layer(job, nodes, wanted.layer)
-    roles = roles_of(graph, nodes, layer) or tuple(range(len(graph.shape(layer) or ())))
+    told = roles_of(graph, nodes, layer)
+    roles = told or tuple(range(len(graph.shape(layer) or ())))
+    if not {0, 1} <= set(roles):
+        raise OptionError(f"layer {_shown(graph, layer)} has no channels; a map needs [N, C, …]")
     placed = _map(job, layer, roles, wanted)
     if not wanted.upsampled:
-        placed, _ = _in_order(graph, placed, roles)
+        rest = [axis for axis, role in enumerate(roles) if role not in (0, 1)]
+        placed = _turned(graph, placed, [roles.index(0), roles.index(1), *rest])
         job.attribute(dict.fromkeys(scope.names, placed))
         return
-    multipliers = {}
-    if wanted.guides:
-        multipliers = sweep_of(job).run(scope.nodes, scope.active, starts(job), scope.names)
+    guides = multipliers(sweep_of(job), scope, starts(job)) if wanted.guides else {}
     found = {}
     for tensor in scope.inputs:
-        shape = graph.shape(tensor) or ()
-        there = roles_of(graph, nodes, tensor) or tuple(range(len(shape)))
+        # Where nothing tells, both are taken for [N, C, …].
+        alike = not told and len(graph.shape(tensor) or ()) == len(roles)
+        there = roles_of(graph, nodes, tensor) or (roles if alike else ())
         fitted = _fitted(job, placed, (layer, roles), (tensor, there), wanted.interpolation)
         if wanted.guides:
-            product = graph.op.Mul(full(graph, multipliers[tensor.name], tensor), fitted)
+            product = graph.op.Mul(full(graph, guides[tensor.name], tensor), fitted)
             product.shape = tensor.shape
             fitted = product
         found[tensor.name] = fitted
@@ -64,9 +67,8 @@ def _layer(job: Job, nodes: list[Node], name: str) -> Tensor:
             )
         return found
     layer = float_tensor(graph, name, "layer")
-    rank = len(graph.shape(layer) or ())
-    if rank < 2:
-        raise OptionError(f"layer '{name}' has rank {rank}; a map needs [N, C, …]")
+    if graph.value(layer) is not None:
+        raise OptionError(f"layer '{name}' is a constant of the model, not a value it computes")
     return layer
 
 
@@ -75,9 +77,9 @@ def _map(job: Job, layer: Tensor, roles: Roles, wanted: Map) -> Tensor:
     graph, op = job.graph, job.graph.op
     part = between(graph, [layer], job.scope.output)
     sweep = Sweep(graph, GRADIENT, notes=job.notes)
-    (found,) = sweep.run(part.nodes, part.active, starts(job), [layer.name]).values()
+    gradient = full(graph, multipliers(sweep, part, starts(job))[layer.name], layer)
     axes = [axis for axis, role in enumerate(roles) if role is None or role > 1]
-    terms = wanted.weigh(op, layer, full(graph, found, layer), axes)
+    terms = wanted.weigh(op, layer, gradient, axes)
     total: Tensor = op.ReduceSum(terms, [roles.index(1)], keepdims=1)
     result: Tensor = op.Relu(total) if wanted.rectified else total
     shape = graph.shape(layer) or ()
@@ -95,9 +97,11 @@ def _in_order(graph: Graph, placed: Tensor, roles: Roles) -> tuple[Tensor, list[
     if extra:
         placed = graph.op.Squeeze(placed, extra)
     order = sorted(range(len(kept)), key=lambda axis: kept[axis])
-    if order != list(range(len(kept))):
-        placed = graph.op.Transpose(placed, perm=order)
-    return placed, sorted(kept)
+    return _turned(graph, placed, order), sorted(kept)
+
+
+def _turned(graph: Graph, placed: Tensor, perm: list[int]) -> Tensor:
+    return placed if perm == sorted(perm) else graph.op.Transpose(placed, perm=perm)
 
 
 def _fitted(
@@ -128,9 +132,7 @@ def _fitted(
             placed = op.Squeeze(placed, [order.index(role)])
             order.remove(role)
     kept_roles = [role for role in roles if role is not None]
-    perm = [order.index(role) for role in kept_roles]
-    if perm != sorted(perm):
-        placed = op.Transpose(placed, perm=perm)
+    placed = _turned(graph, placed, [order.index(role) for role in kept_roles])
     extra = [axis for axis, role in enumerate(roles) if role is None]
     if extra:
         placed = op.Unsqueeze(placed, extra)
@@ -168,16 +170,15 @@ def _enlarged(
 
 
 def _misfit(job: Job, layer: Tensor, tensor: Tensor) -> str:
-    shapes = [
-        f"'{t.name}' [{', '.join('?' if d is None else str(d) for d in job.graph.shape(t) or ())}]"
-        for t in (tensor, layer)
-    ]
-    advice = (
-        "name a tensor that has them with inputs=[...] (--input)"
-        if job.method.map is not None and job.method.map(job.options).guides
-        else "use the option upsample=false"
-    )
+    guides = job.method.map is not None and job.method.map(job.options).guides
     return (
-        f"{shapes[0]} has not the positions of layer {shapes[1]}, so the map of "
-        f"'{job.method.name}' cannot be enlarged to it; {advice}"
+        f"{_shown(job.graph, tensor)} has not the positions of layer {_shown(job.graph, layer)}, "
+        f"as far as can be told, so the map of '{job.method.name}' cannot be enlarged to it; "
+        + ("" if guides else "use the option upsample=false, or ")
+        + "name tensors that have them with inputs=[...] (--input)"
     )
+
+
+def _shown(graph: Graph, tensor: Tensor) -> str:
+    dims = ["?" if dim is None else str(dim) for dim in graph.shape(tensor) or ()]
+    return f"'{tensor.name}' [{', '.join(dims)}]"

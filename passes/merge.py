@@ -164,7 +164,8 @@ def _plus(graph: Graph, layer: Affine, shift: Tensor) -> Affine:
 
 def _region(layer: Affine, end: Tensor, nodes: list[Node]) -> Cluster:
     attrs = {k: v for k, v in layer.node.attrs.items() if k not in ("alpha", "beta")}
-    stand_in = gs.Node(layer.node.op, layer.node.name, attrs)
+    name = layer.node.name or layer.node.outputs[0].name
+    stand_in = gs.Node(layer.node.op, name, attrs)
     root, more = nodes[0].inputs[0], [] if layer.bias is None else [layer.bias]
     return Cluster(root, end, nodes, stand_in, operands=[layer.weight, *more])
 

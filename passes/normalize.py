@@ -20,6 +20,7 @@ from onnx_attrib.errors import ModelError
 from onnx_attrib.ir import OPSET, Graph, subgraphs
 from onnx_attrib.passes.convert import convert
 from onnx_attrib.passes.lower import lower
+from onnx_attrib.passes.windows import round_down
 from onnx_attrib.writer import all_nodes, infer_shapes
 
 OLDEST, NEWEST = 7, 26
@@ -44,6 +45,10 @@ def normalize(model: ModelProto) -> Graph:
     _constants_to_initializers(model)
     _spell_out_defaults(model)
     model = _known(model)
+    while round_down(model):
+        _constants_to_initializers(model)
+        del model.graph.value_info[:]
+        model = _known(model)
     if lower(model):
         _constants_to_initializers(model)
         model = _known(model)

@@ -12,23 +12,29 @@ seed. Raises OptionError for windows that do not fit.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_attrib import noise
-from onnx_attrib.errors import OptionError
-from onnx_attrib.ir import Dim, Graph, Node, Tensor, is_narrow
+from onnx_attrib.ir import Graph, Node, Tensor, is_narrow
 from onnx_attrib.job import Job
-from onnx_attrib.methods.base import Occluded, Permuted, Sizes
-from onnx_attrib.passes.postprocess import batch_axis
+from onnx_attrib.methods.base import Occluded, Permuted
+from onnx_attrib.passes.postprocess import samples_axis
 from onnx_attrib.passes.reference import captured
 from onnx_attrib.passes.stack import Stack, accumulate, downstream, stackable
+from onnx_attrib.passes.tiling import (
+    Axis,
+    Size,
+    along,
+    as_tensor,
+    axes_of,
+    calculated,
+    product,
+    summed,
+)
 
-Size = int | Tensor
-"""A number, or int64 [] where it is known at run time only."""
 _STREAM = "orders"
 _F32 = np.dtype(np.float32)
 
@@ -55,8 +61,8 @@ def perturb(job: Job) -> None:
 def _occluded(job: Job, tensor: Tensor, how: Occluded) -> list[Tensor]:
     """The mean of S(x) − S(x with a window at x̄) over the windows that cover an entry."""
     graph, op = job.graph, job.graph.op
-    axes = _axes(job, tensor, how.window, how.stride)
-    total = _product(graph, [axis.windows for axis in axes])
+    axes = axes_of(graph, tensor, _samples(job, tensor), how.window, how.stride)
+    total = product(graph, [axis.windows for axis in axes])
     trial = _Trial.of(job, [tensor])
     size, groups = _grouped(graph, total, how.chunk if trial.batch else 1)
 
@@ -66,13 +72,13 @@ def _occluded(job: Job, tensor: Tensor, how: Occluded) -> list[Tensor]:
         changes = trial.changes({tensor.name: mask}, size)
         return [_counted(job, tensor, mask, change) for change in changes]
 
-    kind = _wide(graph, tensor)
+    kind = _wide(graph, job.scope.output)
     start = graph.op.ConstantOfShape(op.Shape(tensor), value=np.zeros(1, kind))
     start.shape = tensor.shape
     sums = accumulate(graph, groups, [start] * len(job.seeds), step)
     for axis in axes:
         if not axis.whole and (axis.window, axis.stride) != (1, 1):
-            covering = op.Reshape(axis.covering(), _along(graph, tensor, axis))
+            covering = op.Reshape(axis.covering(), along(graph, tensor, axis))
             sums = [op.Div(total, op.Cast(covering, to=kind)) for total in sums]
     return [_like(graph, total, tensor) for total in sums]
 
@@ -90,12 +96,12 @@ def _windows(
     for axis in reversed(axes):
         if axis.whole:
             continue
-        count = _tensor(graph, axis.windows)
+        count = as_tensor(graph, axis.windows)
         first = op.Unsqueeze(op.Mul(op.Mod(left, count), axis.stride), [1])
         left, places = op.Div(left, count), axis.places()
         inside = op.GreaterOrEqual(places, first)
         inside = op.And(inside, op.Less(places, op.Add(first, axis.window)))
-        mask = op.And(mask, op.Reshape(inside, [0, *_along(graph, tensor, axis)]))
+        mask = op.And(mask, op.Reshape(inside, [0, *along(graph, tensor, axis)]))
     result: Tensor = mask
     return result
 
@@ -133,19 +139,19 @@ def _games(job: Job) -> list[list[Tensor]]:
 def _played(job: Job, players: Sequence[Tensor], how: Permuted) -> dict[str, list[Tensor]]:
     """Sampled Shapley values of the features of all players."""
     graph, op = job.graph, job.graph.op
-    axes = {t.name: _axes(job, t, how.window, how.window) for t in players}
-    counts = [_product(graph, [axis.windows for axis in axes[t.name]]) for t in players]
-    features, places = _sum(graph, counts), {}
+    axes = {t.name: axes_of(graph, t, _samples(job, t), how.window, how.window) for t in players}
+    counts = [product(graph, [axis.windows for axis in axes[t.name]]) for t in players]
+    features, places = summed(graph, counts), {}
     for i, tensor in enumerate(players):
         own = _features(graph, tensor, axes[tensor.name])
-        places[tensor.name] = op.Add(own, _tensor(graph, _sum(graph, counts[:i])))
-    trial, total = _Trial.of(job, players), _product(graph, [how.samples, features])
+        places[tensor.name] = op.Add(own, as_tensor(graph, summed(graph, counts[:i])))
+    trial, total = _Trial.of(job, players), product(graph, [how.samples, features])
     size, groups = _grouped(graph, total, how.chunk if trial.batch else 1)
     table = graph.constant(noise.keys(how.seed, _STREAM, how.samples))
 
     def step(group: Tensor) -> list[Tensor]:
         numbers, real = _numbers(graph, group, size, total)
-        count = _tensor(graph, features)
+        count = as_tensor(graph, features)
         order = op.Min(op.Div(numbers, count), how.samples - 1)
         depth = op.Unsqueeze(op.Mod(numbers, count), [1])
         ranks = _ranks(graph, op.Gather(table, order, axis=0), count)
@@ -154,7 +160,7 @@ def _played(job: Job, players: Sequence[Tensor], how: Permuted) -> dict[str, lis
         last, coming = op.Equal(ranks, depth), op.Equal(ranks, op.Add(depth, 1))
         return [_credited(graph, last, coming, change) for change in trial.changes(masks, size)]
 
-    shape = op.Concat(op.Reshape(_tensor(graph, features), [1]), trial.samples(), axis=0)
+    shape = op.Concat(op.Reshape(as_tensor(graph, features), [1]), trial.samples(), axis=0)
     start = op.ConstantOfShape(shape, value=np.zeros(1, _wide(graph, job.scope.output)))
     sums = accumulate(graph, groups, [start] * len(job.seeds), step)
     values = {t.name: [_matched(job, t, total) for total in sums] for t in players}
@@ -172,8 +178,8 @@ def _features(graph: Graph, tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
     op, rank = graph.op, len(graph.shape(tensor) or ())
     numbers: Tensor = graph.constant(np.zeros([1] * rank, np.int64))
     for axis in axes:
-        own = op.Reshape(axis.patches(), _along(graph, tensor, axis))
-        numbers = op.Add(op.Mul(numbers, _tensor(graph, axis.windows)), own)
+        own = op.Reshape(axis.patches(), along(graph, tensor, axis))
+        numbers = op.Add(op.Mul(numbers, as_tensor(graph, axis.windows)), own)
     return numbers
 
 
@@ -215,7 +221,7 @@ def _shared(
     entries = op.Squeeze(entries, [rank])
     for axis in axes:
         if axis.windows != axis.size:
-            length = op.Reshape(axis.lengths(), _along(graph, tensor, axis))
+            length = op.Reshape(axis.lengths(), along(graph, tensor, axis))
             entries = op.Div(entries, op.Cast(length, to=graph.dtype(entries)))
     return _like(graph, entries, tensor)
 
@@ -254,13 +260,13 @@ class _Trial:
                 placed[tensor.name] = stack.tiled(tensor)
         there = graph.replicate(self.region, placed, stack.dims)(output)
         kind = _wide(graph, output)
-        here, there = (op.Cast(t, to=kind) for t in (output, stack.apart(there)))
+        here, there = (_cast(graph, t, kind) for t in (output, stack.apart(there)))
         difference = op.Sub(here, there)
         found = []
         for seed in self.job.seeds:
-            seed = op.Cast(seed, to=kind)
+            weights = _cast(graph, seed, kind)
             # What is not explained does not count, though it may be infinite.
-            terms = op.Where(op.Equal(seed, 0.0), 0.0, op.Mul(seed, difference))
+            terms = op.Where(op.Equal(weights, 0.0), 0.0, op.Mul(weights, difference))
             found.append(op.ReduceSum(op.Reshape(terms, [0, 0, -1]), [2], keepdims=0))
         return found
 
@@ -278,128 +284,20 @@ def _grouped(graph: Graph, total: Size, chunk: int) -> tuple[int, Size]:
     if isinstance(total, int):
         groups = -(-total // chunk)
         return -(-total // groups), groups
-    return chunk, _calculated(graph, "Div", _sum(graph, [total, chunk - 1]), chunk)
+    return chunk, calculated(graph, "Div", summed(graph, [total, chunk - 1]), chunk)
 
 
 def _numbers(graph: Graph, group: Tensor, size: int, total: Size) -> tuple[Tensor, Tensor]:
     """The numbers of a group's evaluations, and which of them are needed, both [size]."""
     numbers = graph.op.Add(graph.op.Mul(group, size), np.arange(size))
-    return numbers, graph.op.Less(numbers, _tensor(graph, total))
-
-
-# -- axes ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Windows along one axis of a tensor, the last one cut at the edge.
-
-    ``place``: which axis it is; ``size``: its length; ``windows``: how many there are.
-    """
-
-    graph: Graph
-    place: int
-    size: Size
-    window: int
-    stride: int
-    windows: Size
-
-    @property
-    def whole(self) -> bool:
-        """Whether one window is known to cover the axis."""
-        return isinstance(self.windows, int) and self.windows == 1
-
-    def places(self) -> Tensor:
-        """0, 1, … along the axis."""
-        zero, one = (self.graph.constant(k, np.int64) for k in (0, 1))
-        result: Tensor = self.graph.op.Range(zero, _tensor(self.graph, self.size), one)
-        return result
-
-    def covering(self) -> Tensor:
-        """How many windows cover each entry."""
-        op, places = self.graph.op, self.places()
-        last = op.Min(op.Div(places, self.stride), op.Sub(_tensor(self.graph, self.windows), 1))
-        # A window that starts ``window`` entries before, or earlier, is over.
-        over = op.Max(op.Sub(places, self.window - 1), 0)
-        over = op.Div(op.Add(over, self.stride - 1), self.stride)
-        result: Tensor = op.Add(op.Sub(last, over), 1)
-        return result
-
-    def patches(self) -> Tensor:
-        """Which of the windows, where they do not overlap, each entry is in."""
-        op, places = self.graph.op, self.places()
-        result: Tensor = op.Mul(places, 0) if self.whole else op.Div(places, self.window)
-        return result
-
-    def lengths(self) -> Tensor:
-        """How long that window is."""
-        op, size = self.graph.op, _tensor(self.graph, self.size)
-        if self.whole:
-            return size
-        left = op.Sub(size, op.Mul(self.patches(), self.window))
-        result: Tensor = op.Min(left, self.window)
-        return result
-
-
-def _axes(job: Job, tensor: Tensor, window: Sizes, stride: Sizes) -> list[Axis]:
-    """The axes of a tensor but the samples'; OptionError where the windows do not fit them."""
-    graph, shape = job.graph, job.graph.shape(tensor)
-    if shape is None:
-        raise OptionError(f"the rank of '{tensor.name}' is unknown: it cannot be perturbed")
-    places = [k for k in range(len(shape)) if k != _samples(job, tensor)]
-    for name, sizes in (("window", window), ("stride", stride)):
-        if isinstance(sizes, tuple) and len(sizes) != len(places):
-            raise OptionError(
-                f"{name} {_text(sizes)} does not fit '{tensor.name}' [{_text(shape)}]: give one "
-                f"number, or {len(places)}: one for each axis but the batch's"
-            )
-    found = []
-    for i, place in enumerate(places):
-        known, each = shape[place], [s[i] if isinstance(s, tuple) else s for s in (window, stride)]
-        if isinstance(known, int) and isinstance(window, tuple) and window[i] > known:
-            raise OptionError(
-                f"window {_text(window)} does not fit '{tensor.name}' [{_text(shape)}]: axis "
-                f"{place} has size {known} ('all' or -1 is the whole axis)"
-            )
-        found.append(_axis(graph, tensor, place, *each))
-    return found
-
-
-def _axis(graph: Graph, tensor: Tensor, place: int, window: int, stride: int) -> Axis:
-    known = (graph.shape(tensor) or ())[place]
-    size: Size = known if isinstance(known, int) else _entry(graph, tensor, place)
-    if window < 0 or (isinstance(size, int) and window >= size):
-        return Axis(graph, place, size, window, stride, 1)
-    if stride > window:
-        raise OptionError(
-            f"stride {stride} is larger than window {window}: entries of '{tensor.name}' between "
-            "two windows would have no attribution"
-        )
-    if isinstance(size, int):
-        return Axis(graph, place, size, window, stride, -(-(size - window) // stride) + 1)
-    op = graph.op
-    beyond = op.Add(op.Max(op.Sub(size, window), 0), stride - 1)
-    return Axis(graph, place, size, window, stride, op.Add(op.Div(beyond, stride), 1))
-
-
-def _along(graph: Graph, tensor: Tensor, axis: Axis) -> list[int]:
-    """The shape, for Reshape, of a vector along one of a tensor's axes."""
-    return [-1 if k == axis.place else 1 for k in range(len(graph.shape(tensor) or ()))]
+    return numbers, graph.op.Less(numbers, as_tensor(graph, total))
 
 
 # -- samples ---------------------------------------------------------------------------------------
 
 
 def _samples(job: Job, tensor: Tensor) -> int | None:
-    """The axis along which a tensor holds the output's samples; None where none can."""
-    shape, output = job.graph.shape(tensor), job.graph.shape(job.scope.output)
-    if not shape or output == ():
-        return None
-    axis = batch_axis(shape, job.scope.batch)
-    have, want = shape[axis], job.scope.batch
-    numbers = isinstance(have, int) or isinstance(want, int)
-    differ = have is not None and want is not None and have != want and numbers
-    return None if differ and have != 1 else axis
+    return samples_axis(job.graph.shape(tensor), job.graph.shape(job.scope.output))
 
 
 def _matched(job: Job, tensor: Tensor, values: Tensor) -> Tensor:
@@ -421,45 +319,13 @@ def _matched(job: Job, tensor: Tensor, values: Tensor) -> Tensor:
 def _like(graph: Graph, values: Tensor, tensor: Tensor) -> Tensor:
     """In the tensor's shape and type."""
     result = graph.op.Expand(values, graph.op.Shape(tensor))
-    result = graph.op.Cast(result, to=graph.dtype(tensor))
+    result = _cast(graph, result, graph.dtype(tensor))
     result.shape = tensor.shape
     return result
 
 
-# -- sizes -----------------------------------------------------------------------------------------
-
-_NOW = {"Add": operator.add, "Mul": operator.mul, "Div": operator.floordiv}
-
-
-def _calculated(graph: Graph, op: str, a: Size, b: Size) -> Size:
-    if isinstance(a, int) and isinstance(b, int):
-        return int(_NOW[op](a, b))
-    result: Tensor = graph.emit(op, _tensor(graph, a), _tensor(graph, b))
-    return result
-
-
-def _product(graph: Graph, sizes: Sequence[Size]) -> Size:
-    total: Size = 1
-    for size in sizes:
-        total = _calculated(graph, "Mul", total, size)
-    return total
-
-
-def _sum(graph: Graph, sizes: Sequence[Size]) -> Size:
-    total: Size = 0
-    for size in sizes:
-        total = _calculated(graph, "Add", total, size)
-    return total
-
-
-def _tensor(graph: Graph, size: Size) -> Tensor:
-    return graph.constant(size, np.int64) if isinstance(size, int) else size
-
-
-def _entry(graph: Graph, tensor: Tensor, axis: int) -> Tensor:
-    """The size of an axis at run time."""
-    result: Tensor = graph.op.Squeeze(graph.op.Shape(tensor, start=axis, end=axis + 1), [0])
-    return result
+def _cast(graph: Graph, tensor: Tensor, kind: np.dtype) -> Tensor:
+    return tensor if graph.dtype(tensor) == kind else graph.op.Cast(tensor, to=kind)
 
 
 def _wide(graph: Graph, tensor: Tensor) -> np.dtype:
@@ -467,5 +333,4 @@ def _wide(graph: Graph, tensor: Tensor) -> np.dtype:
     return _F32 if is_narrow(tensor.dtype) else graph.dtype(tensor)
 
 
-def _text(sizes: Sequence[Dim] | int) -> str:
-    return ", ".join("?" if d is None else str(d) for d in sizes)
+__all__ = ["perturb"]

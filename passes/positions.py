@@ -23,10 +23,12 @@ _IN_BLOCK = frozenset(
     """
     Add Sub Mul Div Neg Sum Mean Max Min Pow Where Identity Cast Dropout PRelu Clip Concat
     BatchNormalization InstanceNormalization GroupNormalization LayerNormalization
-    QuantizeLinear DequantizeLinear Transpose Squeeze Unsqueeze Reshape
+    QuantizeLinear DequantizeLinear Transpose Squeeze Unsqueeze Reshape Slice Split
     """.split()
 )
-_KEEPING = _IN_BLOCK | {"Pad", "Slice", "Gather", "Resize", "Softmax", "LogSoftmax"}
+_KEEPING = _IN_BLOCK | set(
+    "Pad Gather Resize Softmax LogSoftmax MatMul DepthToSpace SpaceToDepth".split()
+)
 
 
 def last_block(graph: Graph, nodes: Sequence[Node], output: Tensor) -> Tensor | None:
@@ -41,7 +43,8 @@ def last_block(graph: Graph, nodes: Sequence[Node], output: Tensor) -> Tensor | 
     for tensor in reversed(block.values()):
         sizes = zip(graph.shape(tensor) or (), roles[tensor.name], strict=True)
         spread = any(dim != 1 for dim, role in sizes if role is not None and role > 1)
-        fits = spread and tensor.name not in head and is_float(tensor.dtype)
+        placed = roles[tensor.name][0] == 0 and 1 in roles[tensor.name]
+        fits = spread and placed and tensor.name not in head and is_float(tensor.dtype)
         if fits and output.name in flow(nodes, {tensor.name}):
             return tensor
     return None
@@ -88,20 +91,21 @@ def _followed(graph: Graph, nodes: Sequence[Node]) -> tuple[dict[str, Roles], di
         for operand in node.inputs if found is None else ():
             moved = _moved(graph, node, operand)
             if operand.name in roles and moved is not None:
-                known = roles[operand.name]
-                found = tuple(None if axis is None else known[axis] for axis in moved)
+                given = roles[operand.name]
+                found = tuple(None if axis is None else given[axis] for axis in moved)
                 inside = _stays(node) and any(t.name in block for t in node.inputs)
                 break
         before = next((origin[t.name] for t in node.inputs if t.name in origin), None)
         if found is None and before is not None:
             origin[output.name] = before
-            if len(shape) > 2 and None not in shape and shape == graph.shape(before):
+            sizes = shape[1:] if len(shape) > 2 else (None,)
+            if None not in sizes and sizes == (graph.shape(before) or ())[1:]:
                 found, inside = roles[before.name], before.name in block
-        if found is not None:
-            roles[output.name] = found
-            origin[output.name] = output
-            if inside:
-                block[output.name] = output
+        for tensor in node.outputs:
+            if found is not None and tensor.name:
+                roles[tensor.name], origin[tensor.name] = found, tensor
+                if inside:
+                    block[tensor.name] = tensor
     return roles, block
 
 
@@ -115,10 +119,12 @@ def _moved(graph: Graph, node: Node, operand: Tensor) -> list[int | None] | None
         return None
     if node.op == "Transpose":
         return list(graph.attr(node, "perm") or range(rank)[::-1])
+    first = operand.name == node.inputs[0].name
     if node.op in ("Squeeze", "Unsqueeze", "Reshape"):
-        first = operand.name == node.inputs[0].name
         shapes = graph.shape(operand), graph.shape(node.outputs[0])
         return _past_units(shapes[0] or (), shapes[1] or ()) if first else None
+    if node.op == "MatMul" and not first:
+        return None
     return list(range(rank)) if rank == after else None
 
 
@@ -144,8 +150,12 @@ def _head(graph: Graph, nodes: Sequence[Node], output: Tensor) -> set[str]:
     names = {output.name}
     for node in reversed(nodes):
         varying = [t for t in node.inputs if t.name and graph.value(t) is None]
-        alone = node.outputs[0].name in names and len(varying) == 1 and node.op not in _SLIDING
-        if alone and _moved(graph, node, varying[0]) is not None:
+        alone = node.outputs[0].name in names and len(varying) == 1
+        if (
+            alone
+            and node.op not in _SLIDING | {"MatMul"}
+            and _moved(graph, node, varying[0]) is not None
+        ):
             names.add(varying[0].name)
     return names
 

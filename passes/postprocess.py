@@ -28,7 +28,7 @@ def postprocess(job: Job) -> None:
         t.name: shape
         for one in job.shown
         for t, a in _pairs(job, one)
-        if (shape := job.graph.shape(a)) is not None
+        if (shape := _shape(job.graph, t, a)) is not None
     }
     axes = {
         name: [(_axis(job, axis, name, shape), how) for axis, how in request.reduce.items()]
@@ -42,7 +42,10 @@ def postprocess(job: Job) -> None:
                 + ("; channels are axis 1 of three axes or more" if axis == "channels" else "")
             )
     job.shown = [
-        {t.name: _shown(job, a, axes.get(t.name, [])) for t, a in _pairs(job, one)}
+        {
+            t.name: _shown(job, a, shapes[t.name], axes[t.name]) if t.name in shapes else a
+            for t, a in _pairs(job, one)
+        }
         for one in job.shown
     ]
 
@@ -65,11 +68,18 @@ def _axis(job: Job, axis: str | int, name: str, shape: Shape) -> int | None:
     return found
 
 
-def _shown(job: Job, a: Tensor, reductions: Sequence[tuple[int | None, str]]) -> Tensor:
+def _shape(graph: Graph, tensor: Tensor, attribution: Tensor) -> Shape | None:
+    """The attribution's shape, with the symbols that the attributed tensor's shape has."""
+    known, shape = graph.shape(tensor), graph.shape(attribution)
+    if known is None or shape is None or len(known) != len(shape):
+        return shape
+    return tuple(k if s is None else s for k, s in zip(known, shape, strict=True))
+
+
+def _shown(
+    job: Job, a: Tensor, shape: Shape, reductions: Sequence[tuple[int | None, str]]
+) -> Tensor:
     graph, op, dtype = job.graph, job.graph.op, job.graph.dtype(a)
-    shape = graph.shape(a)
-    if shape is None:
-        return a
     narrow = is_narrow(dtype)
     value = op.Cast(a, to=np.dtype(np.float32)) if narrow else a
     sizes = list(shape)
@@ -113,3 +123,18 @@ def batch_axis(shape: Shape, batch: Dim) -> int:
     if isinstance(batch, str) and shape[0] != batch and shape.count(batch) == 1:
         return shape.index(batch)
     return 0
+
+
+def samples_axis(shape: Shape | None, output: Shape | None) -> int | None:
+    """The axis that counts the output's samples, unless none can: the sizes are known to differ.
+
+    An axis of size one counts as that of a single sample.
+    """
+    if not shape or output == ():
+        return None
+    want = output[0] if output else None
+    axis = batch_axis(shape, want)
+    have = shape[axis]
+    if have in (1, None) or want is None or not (isinstance(have, int) or isinstance(want, int)):
+        return axis
+    return axis if have == want else None

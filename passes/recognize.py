@@ -10,7 +10,7 @@ stands for the operator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -23,12 +23,14 @@ _RESTORING = frozenset({"Identity", "Unsqueeze", "Reshape", "Expand", "Squeeze"}
 
 def recognize(job: Job) -> None:
     """Collect spelled-out softmaxes for methods that treat regions as one."""
-    if not job.method.clusters:
-        return
-    for node in job.scope.nodes:
-        found = _softmax(job.graph, node) or _log_softmax(job.graph, node)
-        if found is not None and found.root.name in job.scope.active:
-            job.clusters[found.output.name] = found
+    if job.method.clusters:
+        job.clusters.update(spelled(job.graph, job.scope.nodes, job.scope.active))
+
+
+def spelled(graph: Graph, nodes: Iterable[Node], active: set[str]) -> dict[str, Cluster]:
+    """The softmaxes of an active tensor among ``nodes``, by their last output."""
+    regions = (_softmax(graph, node) or _log_softmax(graph, node) for node in nodes)
+    return {r.output.name: r for r in regions if r is not None and r.root.name in active}
 
 
 def _softmax(graph: Graph, last: Node) -> Cluster | None:

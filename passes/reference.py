@@ -150,7 +150,7 @@ def _beside_batch(graph: Graph, node: Node, shape: Shape, batch: str) -> Iterabl
         depth = (graph.shape(node.inputs[1]) or (None,))[-1]
         # Samples are picked by number, unless the axes picked from come before theirs.
         yield batch if isinstance(depth, int) and axis >= depth else None, batch
-    states = {4: (0, batch), 5: (axis, batch), 6: (axis, batch)}
+    states: dict[int, tuple[int, Dim]] = {4: (0, batch), 5: (axis, batch), 6: (axis, batch)}
     meets: dict[str, dict[int, tuple[int, Dim]]] = {
         "PRelu": {1: (axis - len(shape), 1)},
         "Gemm": {2: (-2, 1)},
@@ -371,9 +371,7 @@ def _declared(graph: Graph, tensor: Tensor, shape: Shape | None) -> Tensor:
 # -- a background ----------------------------------------------------------------------------------
 
 
-def _background(
-    job: Job, sources: list[Tensor], region: list[Node], shared: bool
-) -> Background:
+def _background(job: Job, sources: list[Tensor], region: list[Node], shared: bool) -> Background:
     """K references for each source, [K, …], given now or at run time."""
     graph, baseline = job.graph, job.request.baseline
     for tensor in sources:

@@ -106,8 +106,9 @@ def attributed_tensors(
     if not chosen:
         kinds = ", ".join(f"{t.name}: {t.dtype}" for t in graph.inputs)
         raise CompileError(
-            f"no float input reaches the output, and nothing that integer inputs become was found "
-            f"(inputs: {kinds}); name an inner float tensor with inputs=[...] (--input)"
+            "no float input reaches the output, and no embedding or float tensor that an integer "
+            f"input becomes was found (inputs: {kinds}); name an inner float tensor with "
+            "inputs=[...] (--input)"
         )
     return chosen
 
@@ -188,9 +189,7 @@ def _reaches(upstream: Sequence[Node], tensor: Tensor) -> bool:
     return any(t.name in reached for t in last)
 
 
-def float_tensor(
-    graph: Graph, name: str, role: str, upstream: Sequence[Node] = ()
-) -> Tensor:
+def float_tensor(graph: Graph, name: str, role: str, upstream: Sequence[Node] = ()) -> Tensor:
     tensor = graph.find(name)
     if tensor is None:
         raise OptionError(
@@ -202,9 +201,10 @@ def float_tensor(
         advice = ""
         if role == "input":
             become = [t.name for t, source in _converted(graph, upstream) if source == name]
+            what = "the float tensor it becomes" if become else "the output of its embedding"
             become = become or [t.name for t in embeddings(graph, upstream)]
-            instead = " or ".join(f"'{t}'" for t in become[:3]) or "the output of its embedding"
-            advice = f"; attribute the float tensor it becomes instead: {instead}"
+            names = " or ".join(f"'{t}'" for t in become[:3])
+            advice = f"; attribute {what} instead" + (f": {names}" if names else "")
         raise OptionError(f"tensor '{name}' is {kind}, not float: no attribution{advice}")
     if role == "input" and graph.value(tensor) is not None:
         raise OptionError(f"tensor '{name}' is a constant of the model, not a value it computes")

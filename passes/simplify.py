@@ -7,6 +7,8 @@ or common subexpressions. Rewrites, each with its reason:
   for what they need and rely on this: a MaxPool with indices absorbs the model's own, so that the
   pool runs once.
 - a node that no output needs → nothing.
+- a Cast back from a type that holds every number of the first → what was cast: ONNX Runtime 1.31
+  drops such pairs itself, even where the body of a Loop reads what it dropped.
 - a Pad of some axes → one of all axes: when ONNX Runtime 1.31 moves a Transpose past it, it takes
   the pads to be those of all axes, and fails.
 """
@@ -27,7 +29,8 @@ def simplify(job: Job) -> None:
     graph = job.graph
     pad_all_axes(graph)
     graph.sort()
-    shared = share(graph, graph.nodes, {t.name for t in graph.outputs})
+    kept = (*graph.outputs, *job.scope.inputs, job.scope.output)
+    shared = share(graph, graph.nodes, {t.name for t in kept})
     graph.nodes[:] = graph.prune(shared, graph.outputs)
 
 
@@ -61,6 +64,10 @@ def share(graph: Graph, nodes: Sequence[Node], protected: set[str]) -> list[Node
     kept = []
     for node in nodes:
         graph.rewire(node, renamed)
+        same = _cast_back(graph, node)
+        if same is not None and node.outputs[0].name not in protected:
+            renamed[node.outputs[0].name] = same
+            continue
         key = _fingerprint(graph.proto(node))
         twin = first.setdefault(key, node) if key else node
         if twin is node or any(t.name in protected for t in node.outputs):
@@ -72,6 +79,20 @@ def share(graph: Graph, nodes: Sequence[Node], protected: set[str]) -> list[Node
             elif tensor.name:
                 graph.give_output(twin, i, tensor)
     return kept
+
+
+def _cast_back(graph: Graph, node: Node) -> Tensor | None:
+    """What a Cast gives back unchanged, if another Cast before it took it to a wider type."""
+    before = next(iter(node.inputs[0].inputs), None) if node.op == "Cast" else None
+    if before is None or before.op != "Cast" or node.inputs[0].dtype is None:
+        return None
+    source = before.inputs[0]
+    if source.dtype is None or source.dtype != node.outputs[0].dtype:
+        return None
+    own, between = graph.dtype(source), graph.dtype(node.inputs[0])
+    wider = own.kind in "fiu" and own.kind == between.kind and own.itemsize <= between.itemsize
+    wider |= own.name == "bfloat16" and between.kind == "f" and between.itemsize > own.itemsize
+    return source if wider else None
 
 
 def _fingerprint(proto: NodeProto) -> bytes | None:

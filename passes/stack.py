@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_attrib import rules
 from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values, is_float
 from onnx_attrib.job import Job
 from onnx_attrib.passes.reference import (
@@ -24,6 +25,7 @@ from onnx_attrib.passes.reference import (
     outermost,
 )
 from onnx_attrib.passes.simplify import share
+from onnx_attrib.rules import Structured
 
 Step = Callable[[Tensor], list[Tensor]]
 """From the number of the group, int64 [], to what it adds."""
@@ -146,15 +148,25 @@ class Stack:
         """The values ``at`` one copy, in every copy: copied, not computed again.
 
         ``tensors``: what ``nodes`` (sorted) start from or read from outside. Only what counts or
-        picks (shapes, indices) is evaluated for the stack.
+        picks (shapes, indices) is evaluated for the stack, and what is not :func:`copyable`.
         """
         if self.batch is None:
             return at
-        floats = [t for node in nodes for t in node.outputs if t.name and is_float(t.dtype)]
         placed = {
-            t.name: self.tiled(at(t)) for t in (*tensors, *floats) if self.axis(at(t)) is not None
+            t.name: self.tiled(at(t))
+            for t in (*tensors, *copyable(nodes))
+            if self.axis(at(t)) is not None
         }
         return self.graph.replicate(nodes, placed, self.dims)
+
+
+def copyable(nodes: Sequence[Node]) -> list[Tensor]:
+    """Outputs of ``nodes`` that need not be computed again where their values are known.
+
+    Those of a structured operator do: its rule asks for more than the outputs that it has.
+    """
+    plain = (n for n in nodes if not isinstance(rules.lookup(n.op, n.domain, ()), Structured))
+    return [t for node in plain for t in node.outputs if t.name and is_float(t.dtype)]
 
 
 def accumulate(
@@ -207,4 +219,4 @@ def zeros(graph: Graph, tensor: Tensor) -> Tensor:
     return like
 
 
-__all__ = ["Stack", "accumulate", "downstream", "loop", "stackable", "zeros"]
+__all__ = ["Stack", "accumulate", "copyable", "downstream", "loop", "stackable", "zeros"]

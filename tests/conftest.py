@@ -1,11 +1,37 @@
-"""A summary of the operator tests: how many cases of each operator hold."""
+"""What the command line's tests run on, and how many cases of each operator hold."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from .command import MLP, SMALL, succeeds, write
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Run in a folder of its own; no temporary file may be left there."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped perceptron, compiled for DeepLIFT."""
+    path = tmp_path_factory.mktemp("compiled") / "mlp.onnx"
+    succeeds("compile", MLP, "-o", path, "--delta")
+    return path
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A model of two layers with probabilities as output."""
+    return write(SMALL, tmp_path / "small.onnx")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

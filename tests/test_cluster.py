@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -118,3 +120,40 @@ def test_spelling(rng: np.random.Generator, name: str, method: str) -> None:
     # The stabiliser ε = 1e-4 acts on other intermediate values when the variance is spelled so.
     fast = (name, method) == ("layer-norm-fast-variance", "epsilon-lrp")
     close(results[1]["x_attribution"], results[0]["x_attribution"], 1e-4 if fast else 1e-5)
+
+
+WITHIN = {
+    "scan": """g (float[T, N, 6] x) => (float[T, N, 6] y) <SCALARS> {
+        y = Scan <num_scan_inputs = 1, body = step (float[N, 6] e) => (float[N, 6] o) { BODY }>
+        (x) }""",
+    "loop": """g (float[T, N, 6] x) => (float[T, N, 6] y) <SCALARS, int64 count = {2}> {
+        y = Loop <body = step (int64 i, bool go, float[T, N, 6] e)
+            => (bool on, float[T, N, 6] o) { on = Identity(go) BODY }> (count, , x) }""",
+    "if": """g (float[T, N, 6] x) => (float[T, N, 6] y) <SCALARS, bool yes = {1}> {
+        y = If <then_branch = left () => (float[T, N, 6] o) { e = Identity(x) BODY },
+            else_branch = right () => (float[T, N, 6] z) { z = Neg(x) }> (yes) }""",
+}
+
+
+@pytest.mark.parametrize("method", ["deeplift", "epsilon-lrp"])
+@pytest.mark.parametrize("where", WITHIN)
+@pytest.mark.parametrize("name", ["elu", "silu", "softmax", "softmax-keepdims", "log-softmax"])
+def test_spelling_inside_a_body(
+    rng: np.random.Generator, name: str, where: str, method: str
+) -> None:
+    feeds = {k: rng.standard_normal((3, 2, 6)).astype(np.float32) for k in ("x", "seed")}
+    options = {}
+    if method == "deeplift":
+        options["baseline"] = "input"
+        feeds["x_baseline"] = rng.standard_normal((3, 2, 6)).astype(np.float32)
+    two = np.array(2, np.float32)
+    results = []
+    for spelled in SPELLINGS[name]:
+        body = re.sub(r"\bx\b", "e_", spelled)
+        body = re.sub(r"\be\b", "power", body)
+        body = re.sub(r"\by\b", "o", re.sub(r"\be_\b", "e", body))
+        source = WITHIN[where].replace("SCALARS", SCALARS).replace("BODY", body)
+        model = text(source, two=two)
+        results.append(run(onnx_attrib.compile(model, method, target="seed", **options), feeds))
+    close(results[1]["y"], results[0]["y"], 1e-5)
+    close(results[1]["x_attribution"], results[0]["x_attribution"], 2e-5)

@@ -282,6 +282,38 @@ def test_random_slice(seed: int) -> None:
     check(slicing(str(seed), start, end, axes, steps), FORMS[seed % 2])
 
 
+def test_a_choice_by_another_tensor_conserves() -> None:
+    """Where the condition differs at x̄, the operands share the change, in proportion to theirs."""
+    nodes = "c = Greater(x, t) h = Where(c, u, v) y = Add(h, x)"
+    case = Case("choice", nodes, {"x": (5, 3), "u": (5, 3), "v": (3,)}, apart=False)
+    case.parameters["t"] = np.array(0.1, np.float32)
+    rng = np.random.default_rng(0)
+    check_conservation(case.model("fixed"), (case.feeds(rng), case.feeds(rng)))
+    compiled = onnx_attrib.compile(case.model("fixed"), target="seed", baseline="input")
+    here = {"x": [[1, 1, -1]] * 5, "u": [[1, 2, 3]] * 5, "v": [4, 5, 6]}
+    there = {"x": [[1, -1, 1]] * 5, "u": [[0, 0, 0]] * 5, "v": [4, 9, 6]}
+    feeds = {**here, **{f"{name}_baseline": value for name, value in there.items()}}
+    feeds["seed"] = np.ones((5, 3))
+    found = run(compiled, {name: np.asarray(v, np.float32) for name, v in feeds.items()})
+    # The second goes from v = 9 to u = 2, where u moves by 2 and v by 4; the third from u = 0 to
+    # v = 6, where only u moves.
+    np.testing.assert_allclose(found["u_attribution"][0], [1, -7 * 2 / 6, 6], rtol=1e-6)
+    np.testing.assert_allclose(found["v_attribution"], [0, 5 * -7 * 4 / 6, 0], rtol=1e-6)
+    np.testing.assert_allclose(found["x_attribution"][0], [0, 2, -2])
+
+
+def test_a_jump_between_constants_is_the_conditions_own() -> None:
+    nodes = "c = Greater(x, z) j = Where(c, a, b) y = Mul(j, x)"
+    numbers = {k: np.array(v, np.float32) for k, v in (("a", 2), ("b", -1), ("z", 0))}
+    case = Case("jump", nodes, {"x": (4,)}, numbers)
+    compiled = onnx_attrib.compile(case.model("fixed"), target="seed", baseline="input")
+    x, base = np.float32([1, 1, -1, 3]), np.float32([2, -1, 1, 3])
+    feeds = {"x": x, "x_baseline": base, "seed": np.ones(4, np.float32)}
+    found = run(compiled, feeds)["x_attribution"]
+    np.testing.assert_allclose(found[[0, 3]], [-2, 0])
+    assert np.isfinite(found).all()
+
+
 def test_dropout_in_training_mode_is_refused() -> None:
     parameters = {"r": np.array(0.5, np.float32), "t": np.array(True)}
     model = Case("Dropout", "y = Dropout(x, r, t)", X, parameters).model("fixed")

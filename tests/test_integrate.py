@@ -116,6 +116,26 @@ def test_layer(rng: np.random.Generator) -> None:
     assert np.abs(result["convergence_delta"]).max() < 1e-5
 
 
+@pytest.mark.parametrize("method", ["deeplift", "integrated-gradients", "occlusion"])
+def test_layer_reshaped_by_a_shape_from_before_it(rng: np.random.Generator, method: str) -> None:
+    """A shape computed before the layer holds the model's own batch: no other fits behind it."""
+    arrays = {
+        k: rng.standard_normal(v).astype(np.float32) for k, v in {"a": (5, 6), "c": (6, 4)}.items()
+    }
+    source = text(
+        """g (float[N, 5] x) => (float[N, 4] y)
+        <int64[1] zero = {0}, int64[1] rest = {-1}, int64[3] wide = {0, 2, 3}> {
+            k = MatMul(x, a) h = Reshape(k, wide) s = Shape(x) n = Gather(s, zero)
+            q = Concat<axis = 0>(n, rest) f = Reshape(h, q) y = MatMul(f, c)
+        }""",
+        **arrays,
+    )
+    x = rng.standard_normal((3, 5)).astype(np.float32)
+    compiled = onnx_attrib.compile(source, method, inputs=["h"], target=1, baseline=0.5)
+    want = (x @ arrays["a"] - 0.5) * arrays["c"][:, 1]
+    close(run(compiled, {"x": x})["h_attribution"], want.reshape(3, 2, 3))
+
+
 def test_argmax_target_is_that_of_the_input(rng: np.random.Generator) -> None:
     """The explained class is the one predicted at x, all along the path."""
     source = mlp(rng)

@@ -20,8 +20,7 @@ import pickle
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,7 +33,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 pytest.importorskip("onnxruntime")
 
-from onnx_attrib import UnsupportedOpError, newer, rules
+from onnx_attrib import newer, rules
 from onnx_attrib.passes.lower import has_body
 from onnx_attrib.rules import base as rules_base
 
@@ -97,7 +96,6 @@ BINDING = "onnxruntime's Python binding neither takes nor returns one of its typ
 RANDOM = "draws random numbers"
 LENGTH = "its inputs are sizes and ranges, not data"
 OLD_SCAN = "a Scan of opset 8 loops over a batch of sequences; later ones do not"
-BRANCH = "picks a branch by data, and another at the baseline; each branch has inputs of its own"
 FLAT = "its derivative is zero or undefined wherever it is defined"
 TRAINING = "training mode: statistics of the batch or a random mask"
 
@@ -141,35 +139,6 @@ EXCLUDED = {
     },
 }
 """Single cases, by name."""
-
-NOT_CONSERVED = {
-    **{
-        f"test_clip_{name}expanded": BRANCH
-        for name in ("", "example_", "default_max_", "default_min_", "outbounds_", "splitbounds_")
-    },
-    "test_prelu_example_expanded": BRANCH,
-    "test_prelu_broadcast_expanded": BRANCH,
-}
-"""Cases that cannot conserve once all of their inputs are attributed."""
-
-REFUSED = [
-    (
-        "gradient conservation",
-        r"convtranspose_(output|kernel)_shape-symbolic",
-        "output_shape",
-    ),
-    (
-        "gradient conservation",
-        r"(averagepool_2d_ceil_last_window_starts_on_pad|maxpool_2d_ceil_output_size_reduce_by_one)",
-        "ceil_mode",
-    ),
-]
-"""What is refused, not done wrong: the check, the test's name, and what the refusal says.
-
-A transposed convolution's ``output_shape`` needs sizes; ONNX's shape inference contradicts the
-runtimes on a last window that starts in the padding; the other three are rules for differences
-that are not there yet (reductions of a scatter) or need sizes known at compile time.
-"""
 
 UNBOUND = frozenset(
     value
@@ -341,7 +310,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     cases = [c for c in _cases(_folder(metafunc.config)).values() if ruled(c) and not reason(c)]
-    waived = NOT_CONSERVED if metafunc.function is test_conservation else {}
     params = [
         pytest.param(
             case,
@@ -351,7 +319,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
         for case in cases
         for form in FORMS
-        if form == "layer" or case.name not in waived
     ]
     metafunc.parametrize(("case", "form"), params)
 
@@ -447,23 +414,6 @@ def moved(rng: np.random.Generator, case: Case, inputs: list[str]) -> dict[str, 
     return {**case.values, **{name: numeric.near(rng, case.values[name]) for name in inputs}}
 
 
-@contextmanager
-def perhaps_refused(check: str, case: Case, form: str) -> Iterator[None]:
-    """Accept a refusal where one is listed, with the reason listed."""
-    name = f"{case.name.removeprefix('test_')}-{form}"
-    listed = [
-        message
-        for checks, pattern, message in REFUSED
-        if check in checks.split() and re.match(pattern, name)
-    ]
-    try:
-        yield
-    except UnsupportedOpError as error:
-        if any(re.search(message, str(error)) for message in listed):
-            pytest.xfail(f"refused: {error}")
-        raise
-
-
 # -- tests -----------------------------------------------------------------------------------------
 
 
@@ -472,12 +422,11 @@ def test_gradient(case: Case, form: str, record_property: Callable[[str, object]
     model, inputs, output = formed(case, form)
     rng = np.random.default_rng(seed_of(case, form))
     points = [own(rng, case, inputs), moved(rng, case, inputs), moved(rng, case, inputs)]
-    with perhaps_refused("gradient", case, form):
-        residuals = numeric.check_gradient(
-            model, *points, inputs=inputs, output=output, seed=seed_of(case, form)
-        )
-        reached = {r.subject.split(":")[0] for r in residuals if r.applies}
-        assert len(reached) == len(inputs), f"no differentiable point found: {residuals}"
+    residuals = numeric.check_gradient(
+        model, *points, inputs=inputs, output=output, seed=seed_of(case, form)
+    )
+    reached = {r.subject.split(":")[0] for r in residuals if r.applies}
+    assert len(reached) == len(inputs), f"no differentiable point found: {residuals}"
 
 
 def test_conservation(
@@ -490,11 +439,10 @@ def test_conservation(
     for point in (own(rng, case, inputs), moved(rng, case, inputs)):
         baseline = moved(rng, case, inputs)
         pairs.append((point, {name: baseline[name] for name in inputs}))
-    with perhaps_refused("conservation", case, form):
-        residuals = numeric.check_conservation(
-            model, *pairs, inputs=inputs, output=output, seed=seed_of(case, form)
-        )
-        assert any(r.applies for r in residuals), "the output is finite at no pair of points"
+    residuals = numeric.check_conservation(
+        model, *pairs, inputs=inputs, output=output, seed=seed_of(case, form)
+    )
+    assert any(r.applies for r in residuals), "the output is finite at no pair of points"
 
 
 @pytest.mark.parametrize("error", [2e-3, 1.0])

@@ -67,7 +67,8 @@ def test_what_a_row_says() -> None:
     where, div, quantize, trees, pool = operators(
         ["Where", "Div", "QuantizeLinear", "TreeEnsembleClassifier", "MaxPool"]
     )
-    assert where.conservation == "exact where the condition is the same at x and x̄"
+    changes = "exact where the condition is the same at x and x̄, or an operand changes"
+    assert where.conservation == changes
     assert div.classes == ("linear", "elementwise", "composite")
     assert quantize.gradient == "straight through"
     assert "occlusion" in trees.note

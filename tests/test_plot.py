@@ -13,7 +13,7 @@ from onnx_attrib import plot
 from onnx_attrib.errors import CompileError, OptionError
 from onnx_attrib.feeds import Port
 from onnx_attrib.images import PRESETS, Scaling, geometry, load_picture, read_pixels
-from onnx_attrib.plot import Panel, as_pixels, draw, limit, panel_of, save
+from onnx_attrib.plot import Panel, as_pixels, draw, draw_lines, limit, panel_of, save
 
 RNG = np.random.default_rng(0)
 
@@ -67,6 +67,40 @@ def test_grids(count: int, tmp_path: Path) -> None:
     hearts = [ax for part in figure.subfigs for ax in part.axes if ax.images]
     assert len(hearts) == 2 * min(count, plot.MOST)
     save(figure, tmp_path / "grid.png")
+
+
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_lines_of_several_methods(count: int, tmp_path: Path) -> None:
+    pixels = np.zeros((6, 6, 1))
+    lines = [
+        [
+            panel_of(RNG.normal(size=(1, 6, 6)), pixels=pixels, title=f"class {i}", source="x")
+            for _ in range(3)
+        ]
+        for i in range(count)
+    ]
+    figure = draw_lines(lines, ["one", "two", "three"], "all", [True, False, True])
+    rows = min(count, plot.MOST)
+    pictures = [[ax for ax in part.axes if ax.images] for part in figure.subfigs]
+    # The input stands at the beginning of the line only.
+    assert [len(axes) for axes in pictures] == [2, 1, 1] * rows
+    titles = [ax.get_title() for axes in pictures[:3] for ax in axes]
+    assert titles == ["x: class 0", "one", "two", "three"]
+    lows = [axes[-1].images[-1].get_clim()[0] for axes in pictures[:3]]
+    assert lows[0] < 0
+    assert lows[1] == 0
+    save(figure, tmp_path / "lines.png")
+
+
+@pytest.mark.parametrize("shape", [(4, 60), (5,)])
+def test_lines_of_signals_and_features(shape: tuple[int, ...], tmp_path: Path) -> None:
+    a = RNG.normal(size=shape)
+    line = [panel_of(a, a, title="class 1", source="x") for _ in range(2)]
+    figure = draw_lines([line], ["one", "two"])
+    titles = [part.axes[-1].get_title(loc="left") for part in figure.subfigs]
+    assert "one: class 1" in titles[0]
+    assert "two" in titles[1]
+    save(figure, tmp_path / "lines.pdf")
 
 
 def test_colours_are_symmetric_and_robust() -> None:

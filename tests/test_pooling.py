@@ -186,10 +186,84 @@ def test_indices_are_no_path() -> None:
     [
         ("MaxPool", {"auto_pad": "SAME_UPPER", "dilations": [2]}, "dilations"),
         ("AveragePool", {"auto_pad": "SAME_LOWER", "strides": [3]}, "beyond the kernel"),
-        ("MaxPool", {"ceil_mode": 1, "strides": [2], "pads": [0, 1]}, "ceil_mode"),
+        (
+            "AveragePool",
+            {"ceil_mode": 1, "kernel_shape": [1, 2], "dilations": [1, 5], "strides": [3, 4]},
+            "ceil_mode",
+        ),
     ],
 )
 def test_says_what_it_cannot_do(op: str, attributes: dict[str, Any], reason: str) -> None:
-    node = helper.make_node(op, ["x"], ["y"], kernel_shape=[2], **attributes)
+    node = helper.make_node(op, ["x"], ["y"], **{"kernel_shape": [2], **attributes})
+    shape = [1, 1, 9, 7][: 2 + len(attributes.get("kernel_shape", [2]))]
     with pytest.raises(UnsupportedOpError, match=reason):
-        onnx_attrib.compile(chain({"x": [1, 1, 8]}, node), method="gradient")
+        onnx_attrib.compile(chain({"x": shape}, node), method="gradient")
+
+
+def rounding_up(op: str, seed: int) -> tuple[onnx.NodeProto, list[int]]:
+    """A pool of which some last window lies in the padding, or would without data behind it."""
+    rng = np.random.default_rng(seed)
+    while True:
+        spatial = 1 + seed % 2
+        kernel, strides = draw(rng, 1, 3, spatial), draw(rng, 2, 4, spatial)
+        dilations = draw(rng, 1, 2, spatial) if seed % 3 == 2 and op != "AveragePool" else None
+        spread = dilations or [1] * spatial
+        extent = [(k - 1) * d + 1 for k, d in zip(kernel, spread, strict=True)]
+        pads = [draw(rng, 0, k - 1, 1)[0] for k in kernel + kernel]
+        size = [e + more for e, more in zip(extent, draw(rng, 0, 6, spatial), strict=True)]
+        last = [
+            -(-(n + a + b - e) // s) * s - n - a
+            for n, a, b, e, s in zip(
+                size, pads[:spatial], pads[spatial:], extent, strides, strict=True
+            )
+        ]
+        if max(last) >= 0:
+            break
+    more: dict[str, Any] = {"count_include_pad": seed % 2} if op == "AveragePool" else {}
+    node = helper.make_node(
+        op,
+        ["h"],
+        ["k"],
+        kernel_shape=kernel,
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        ceil_mode=1,
+        **more,
+    )
+    return node, [2, 2, *size]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("op", ["AveragePool", "LpPool", "MaxPool"])
+def test_last_windows_in_the_padding(op: str, seed: int) -> None:
+    """ONNX's shape inference counts them, and onnxruntime does not."""
+    pool, shape = rounding_up(op, seed)
+    before = helper.make_node("Tanh", ["x"], ["h"])
+    model = chain({"x": shape}, before, pool, helper.make_node("Exp", ["k"], ["y"]))
+    for dim in model.graph.output[0].type.tensor_type.shape.dim:
+        dim.Clear()
+    rng = np.random.default_rng(seed)
+    x, base = spaced(rng, shape), spaced(rng, shape)
+    check_gradient(model, {"x": x})
+    check_conservation(model, ({"x": x}, {"x": base}), ({"x": x}, {"x": base[:1]}))
+
+
+def test_pools_that_follow_each_other_in_the_padding() -> None:
+    """The size of the second is inferred wrongly until the first is right; so is a branch's."""
+    pool = {"kernel_shape": [1], "strides": [3], "ceil_mode": 1}
+    model = chain(
+        {"x": [1, 1, 27]},
+        helper.make_node("MaxPool", ["x"], ["a"], **pool),
+        helper.make_node("Tanh", ["a"], ["b"]),
+        helper.make_node("AveragePool", ["b"], ["c"], **pool),
+        helper.make_node("MaxPool", ["c"], ["d", "i"], **pool),
+        helper.make_node("Exp", ["d"], ["y"]),
+    )
+    for dim in model.graph.output[0].type.tensor_type.shape.dim:
+        dim.Clear()
+    rng = np.random.default_rng(0)
+    x, base = spaced(rng, [1, 1, 27]), spaced(rng, [1, 1, 27])
+    assert run(model, {"x": x})["y"].shape == (1, 1, 1)
+    check_gradient(model, {"x": x})
+    check_conservation(model, ({"x": x}, {"x": base}))

@@ -330,6 +330,47 @@ def test_a_tensor_of_unknown_rank_is_refused_as_an_output() -> None:
         onnx_attrib.compile(model, method="gradient", inputs=["h"])
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_state_of_a_loop_has_a_rank(rng: np.random.Generator, stated: bool) -> None:
+    """ONNX infers none, as it might change with the steps; the body says that it does not."""
+    model = text(
+        """g (float[N, 4] x) => (float[N, 4] y) <int64 count = {2}> {
+        h = Loop <body = step (int64 i, bool go, float[A, B] s) => (bool on, float[A, B] t) {
+            on = Identity (go) t = Tanh (s) }> (count, , x)
+        y = RMSNormalization (h, scale) }""",
+        opset=23,
+        scale=normal(rng, 4),
+    )
+    if not stated:
+        body = model.graph.node[0].attribute[0].g
+        for info in (body.input[2], body.output[1]):
+            info.type.tensor_type.ClearField("shape")
+    x, base = normal(rng, 3, 4), normal(rng, 3, 4)
+    numeric.check_gradient(model, {"x": x})
+    numeric.check_conservation(model, ({"x": x}, {"x": base}))
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        """h = LpPool <kernel_shape = [3], strides = [2], auto_pad = "SAME_UPPER"> (x)
+        y = ReduceMean (h, last)""",
+        """s = Shape <start = -1> (x) h, i = TopK (x, s) y = ReduceMax (h, last)""",
+        "h = ReduceProd (x, last) y = Tanh (h)",
+    ],
+)
+def test_relevance_of_what_has_a_size_at_run_time(rng: np.random.Generator, nodes: str) -> None:
+    """These were refused by methods that follow definitions."""
+    model = text(
+        f"g (float[N, 2, M] x) => (float[N, 2, 1] y) <int64[1] last = {{-1}}> {{ {nodes} }}"
+    )
+    feeds = {"x": normal(rng, 3, 2, 5), "seed": normal(rng, 3, 2, 1)}
+    found = explained(model, feeds, method="epsilon-lrp", target="seed")["x_attribution"]
+    assert found.shape == (3, 2, 5)
+    assert np.isfinite(found).all()
+    assert found.any()
+
+
 # -- around onnxruntime ----------------------------------------------------------------------------
 
 
@@ -386,7 +427,8 @@ def test_discarded_values_do_no_harm(body: str, method: str) -> None:
     """Zero multipliers times infinite derivatives were NaN."""
     model = text(
         f"""g (float[N, 5] x) => (float[N, 5] y)
-        <float zero = {{0}}, float one = {{1}}, float two = {{2}}, float half = {{0.5}}> {{ {body} }}"""
+        <float zero = {{0}}, float one = {{1}}, float two = {{2}}, float half = {{0.5}}>
+        {{ {body} }}"""
     )
     x = np.array([[200, -1, 0, 2, -200], [1, 0, 3, -0.5, 100]], np.float32)
     seed = np.array([[1, -2, 3, -1, 2], [2, 1, -1, 1, 1]], np.float32)
@@ -408,9 +450,7 @@ def test_discarded_values_do_no_harm(body: str, method: str) -> None:
 
 @pytest.mark.parametrize("choice", ["y = Where (c, zero, q)", "d = Not (c) y = Where (d, q, zero)"])
 @pytest.mark.parametrize("shape", ["float[N, 3]", "float[N, 1]"])
-def test_quotients_that_count_as_zero(
-    rng: np.random.Generator, shape: str, choice: str
-) -> None:
+def test_quotients_that_count_as_zero(rng: np.random.Generator, shape: str, choice: str) -> None:
     """a / b where b is not zero, else 0: conserves where b is zero at one of the points."""
     model = text(
         f"""g (float[N, 3] a, {shape} b) => (float[N, 3] y) <float zero = {{0}}> {{
@@ -423,10 +463,87 @@ def test_quotients_that_count_as_zero(
     feeds, other = {"a": a, "b": b}, {"a": a_bar, "b": b_bar}
     seed = normal(rng, 4, 3)
     placed = {f"{name}_baseline": value for name, value in other.items()}
-    found = explained(
-        model, {**feeds, **placed, "seed": seed}, target="seed", baseline="input"
-    )
+    found = explained(model, {**feeds, **placed, "seed": seed}, target="seed", baseline="input")
     change = seed * (numeric.run(model, feeds)["y"] - numeric.run(model, other)["y"])
     total = found["a_attribution"].sum(1) + found["b_attribution"].sum(1)
     np.testing.assert_allclose(total, change.sum(1), rtol=1e-4, atol=1e-5)
     numeric.check_gradient(model, {"a": a, "b": b})
+
+
+@pytest.mark.parametrize(
+    "zeros", ["z = Mul (x, zero)", "s = Shape (x) z = ConstantOfShape (s)"], ids=["of x", "like x"]
+)
+def test_zeros_of_the_same_size_are_constants(rng: np.random.Generator, zeros: str) -> None:
+    """A root where x is positive: the reference's NaN reached the sum."""
+    model = text(
+        f"""g (float[N, 4] x) => (float[N, 4] y) <float zero = {{0}}> {{
+        {zeros} c = Greater (x, z) r = Sqrt (x) y = Where (c, r, z) }}"""
+    )
+    x, base = normal(rng, 3, 4), -np.abs(normal(rng, 3, 4))
+    feeds = {"x": x, "x_baseline": base, "seed": np.ones((3, 4), np.float32)}
+    found = explained(model, feeds, target="seed", baseline="input")["x_attribution"]
+    np.testing.assert_allclose(found, np.sqrt(np.maximum(x, 0)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("root", ["y = Sqrt (q)", "y = Pow (q, half)", "y = Pow (q, powers)"])
+def test_lengths_of_nothing(rng: np.random.Generator, root: str) -> None:
+    """The root's slope is infinite where a vector is zero at both points."""
+    model = text(
+        f"""g (float[N, 4] x) => (float[N, 1] y) <int64[1] a = {{1}}, float half = {{0.5}},
+        float[1, 1] powers = {{0.25}}> {{ p = Mul (x, x) q = ReduceSum (p, a) {root} }}"""
+    )
+    x = normal(rng, 3, 4) * np.array([[1], [0], [1]], np.float32)
+    base = normal(rng, 3, 4) * np.array([[1], [0], [0]], np.float32)
+    feeds = {"x": x, "x_baseline": base, "seed": np.ones((3, 1), np.float32)}
+    found = explained(model, feeds, target="seed", baseline="input")
+    change = found["y"] - numeric.run(model, {"x": base})["y"]
+    np.testing.assert_allclose(
+        found["x_attribution"].sum(1, keepdims=True), change, rtol=1e-4, atol=1e-5
+    )
+
+
+# -- what files say --------------------------------------------------------------------------------
+
+
+def test_spectra_of_signals_of_unknown_length(rng: np.random.Generator) -> None:
+    """ONNX infers nothing for these; and onnxruntime takes signals without a last axis of 1."""
+    window = np.hanning(9)[:8].astype(np.float32)
+    model = text(
+        """g (float[B, T] x) => (float[B, F, 3] y) <int64 four = {4}, int64[1] last = {3}> {
+        s = STFT <onesided = 1> (x, four, window) p = ReduceSumSquare <keepdims = 0> (s, last)
+        m = MatMul (p, mels) c = Add (m, one) y = Log (c) }""",
+        opset=18,
+        ir=8,
+        window=window,
+        mels=np.abs(normal(rng, 5, 3)),
+        one=np.float32(1),
+    )
+    feeds = {"x": normal(rng, 2, 30)}
+    numeric.check_gradient(model, feeds)
+    numeric.check_conservation(model, (feeds, {"x": normal(rng, 2, 30)}))
+
+
+def test_a_declared_rank_that_is_wrong(rng: np.random.Generator) -> None:
+    """What the file says of an output gives way to what the graph computes."""
+    model = text(
+        """g (float[N, 6] x) => (float[N, M] y) <int64[3] s = {0, 2, 3}> {
+        r = Reshape (x, s) y = Tanh (r) }"""
+    )
+    x = normal(rng, 2, 6)
+    compiled = onnx_attrib.compile(model, method="gradient", target="seed")
+    onnx.checker.check_model(compiled, full_check=True)
+    found = numeric.run(compiled, {"x": x, "seed": np.ones((2, 2, 3), np.float32)})
+    assert found["y"].shape == (2, 2, 3)
+    np.testing.assert_allclose(found["x_attribution"], 1 - np.tanh(x) ** 2, rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_of_one_domain(rng: np.random.Generator) -> None:
+    """Nothing of the default domain is imported where nothing of it is used."""
+    model = text("g (float[N, 2] x) => (float[N, 2] y) { y = Relu (x) }")
+    del model.opset_import[:], model.graph.node[:]
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 3))
+    scaler = {"offset": [1.0, 2.0], "scale": [3.0, 4.0], "domain": "ai.onnx.ml"}
+    model.graph.node.append(onnx.helper.make_node("Scaler", ["x"], ["y"], **scaler))
+    x, seed = normal(rng, 3, 2), normal(rng, 3, 2)
+    found = explained(model, {"x": x, "seed": seed}, method="gradient", target="seed")
+    np.testing.assert_allclose(found["x_attribution"], seed * [3, 4], rtol=1e-6)

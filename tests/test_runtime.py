@@ -51,11 +51,15 @@ def test_result() -> None:
     assert result.delta is not None
     np.testing.assert_allclose(result.delta, 0, atol=1e-5)
     assert list(result.inputs) == ["x"]
+    assert result.by_method == {"deeplift": result.attributions}
+    assert result.delta_by_method == {"deeplift": result.delta}
 
 
 def test_recipe() -> None:
     explain = Explainer(compiled(method="integrated-gradients", baseline=0.5, target=1, steps=3))
     assert explain.method == "integrated-gradients"
+    assert explain.methods == ("integrated-gradients",)
+    assert explain.targets is None
     assert explain.options["steps"] == 3
     assert explain.attributed == ("x",)
     assert explain.output == "y"
@@ -269,6 +273,12 @@ def test_an_input_called_target() -> None:
     explain = Explainer(compiled(text))
     assert not explain.takes_target
     np.testing.assert_allclose(explain({"target": X}).attributions["target"], 1)
+
+
+def test_fixed_target_out_of_the_range_counted_at_run_time() -> None:
+    text = f"{HEAD} g (float[N, C] x) => (float[N, C] y) {{ y = Mul (x, x) }}"
+    with pytest.raises(OptionError, match="3 classes"):
+        Explainer(compiled(text, target=5))(X)
 
 
 # -- seeds and baselines ---------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_what_an_integer_input_becomes(kind: str, body: str, attributed: str) ->
 
 def test_an_integer_input_is_refused_with_advice() -> None:
     model = classifier("uint8", "f = Cast <to = 1> (image) v = Mul (f, scale)")
-    with pytest.raises(onnx_attrib.OptionError, match="'image' is uint8.*instead: 'f'"):
+    with pytest.raises(onnx_attrib.OptionError, match=r"'image' is uint8.*instead: 'f'"):
         onnx_attrib.compile(model, inputs=["image"])
 
 

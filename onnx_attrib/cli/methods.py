@@ -55,7 +55,7 @@ def _full(method: MethodInfo) -> str:
     lines = [method.name, f"  {method.summary}", rows(facts)]
     lines.append("Options (--option KEY=VALUE):" if method.options else "Options: none")
     for option in method.options:
-        what = f"{option.name}={option.default}"
+        what = option.name if option.required else f"{option.name}={option.default}"
         extra = ""
         if option.choices:
             extra = f" [{', '.join(option.choices)}]"

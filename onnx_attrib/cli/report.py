@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnx_attrib import plot
-from onnx_attrib.cli.common import note, rows
+from onnx_attrib.cli.common import note, rows, show_processing
 from onnx_attrib.cli.reading import Loaded
 from onnx_attrib.errors import CompileError
 from onnx_attrib.feeds import Array
@@ -32,6 +32,7 @@ class Report:
     ) -> None:
         self.explain, self.result = explain, result
         self.loaded, self.labels = loaded, labels
+        self.several = explain.targets is not None
         sizes = [len(a) for a in result.attributions.values() if a.ndim]
         scored = result.score if result.score is not None else result.delta
         self.count = len(scored) if scored is not None else max(sizes, default=1)
@@ -42,6 +43,10 @@ class Report:
         kept = ("method", "options", "output", "baseline")
         return {
             **{key: recipe[key] for key in kept},
+            "methods": {name: dict(given) for name, given in self.explain.recipe.methods.items()},
+            "targets": recipe["targets"],
+            "reduce": recipe["reduce"],
+            "normalize": recipe["normalize"],
             "providers": self.explain.providers,
             "inputs": {
                 name: {
@@ -55,23 +60,40 @@ class Report:
         }
 
     def _sample(self, i: int) -> dict[str, Any]:
+        """One sample: lists where there are several targets, by method where there are several."""
         result = self.result
         sample: dict[str, Any] = {}
         classes = self._classes()
         if classes is not None:
             sample["predicted"] = self._entry(classes[i], int(np.argmax(classes[i])))
-        if result.target is not None and result.target.ndim == 1 and classes is not None:
+        if self.several:
+            sample["targets"] = None
+            if result.target is not None and classes is not None:
+                sample["targets"] = [self._entry(classes[i], int(k)) for k in result.target[i]]
+        elif result.target is not None and result.target.ndim == 1 and classes is not None:
             sample["target"] = self._entry(classes[i], int(result.target[i]))
         elif result.target is not None:
             sample["target"] = {"index": result.target[i].tolist()}
-        sample["score"] = None if result.score is None else float(result.score[i])
-        sample["attribution_sum"] = {
-            name: float(self._per_sample(a)[i].sum(dtype=np.float64))
-            for name, a in result.attributions.items()
+        sample["score"] = None if result.score is None else _plain(result.score[i])
+        sums = {
+            method: {name: self._sums(a, i) for name, a in attributions.items()}
+            for method, attributions in result.by_method.items()
         }
-        if result.delta is not None:
-            sample["convergence_delta"] = float(result.delta[i])
+        sample["attribution_sum"] = sums if len(sums) > 1 else next(iter(sums.values()))
+        deltas = {method: _plain(delta[i]) for method, delta in result.delta_by_method.items()}
+        if deltas:
+            several = len(result.by_method) > 1
+            sample["convergence_delta"] = deltas if several else next(iter(deltas.values()))
         return sample
+
+    def _sums(self, a: Array, i: int) -> float | list[float]:
+        sums = [float(mine.sum(dtype=np.float64)) for mine in self._of_sample(a, i)]
+        return sums if self.several else sums[0]
+
+    def _of_sample(self, a: Array, i: int) -> Array:
+        """A sample's attributions, one for each target."""
+        mine = self._per_sample(a)[i]
+        return mine if self.several else mine[None]
 
     def _entry(self, scores: Array, index: int) -> dict[str, Any]:
         entry: dict[str, Any] = {"class": index, "score": float(scores[index])}
@@ -92,10 +114,15 @@ class Report:
     def text(self) -> str:
         """What a person reads."""
         scaled = {item.scaling for item in self.loaded.values() if item.scaling}
-        options = " ".join(f"{k}={v}" for k, v in self.explain.options.items())
-        facts = [("method", f"{self.explain.method} {options}".rstrip())]
+        recipe = self.explain.recipe
+        facts = [
+            ("method", " ".join([name, *(f"{k}={v}" for k, v in options.items())]))
+            for name, options in recipe.methods.items()
+        ]
         if self.explain.baseline is not None:
             facts.append(("baseline", str(self.explain.baseline)))
+        if shown := show_processing(recipe):
+            facts.append(("shows", shown))
         facts += [("pixels", scaling) for scaling in sorted(scaled)]
         blocks = [rows(facts)]
         blocks += [self._block(i) for i in range(min(self.count, _LINES))]
@@ -110,28 +137,53 @@ class Report:
             order = np.argsort(-classes[i], kind="stable")[:3]
             shown = [f"{self._class(int(k))}: {classes[i][k]:.4g}" for k in order]
             lines.append(("predicted", f"{shown[0]}  (then {', '.join(shown[1:])})"))
-        lines.append(("explained", self._explained(i)))
-        for name, a in self.result.attributions.items():
-            mine = self._per_sample(a)[i].astype(np.float64)
-            above, below = mine[mine > 0].sum(), mine[mine < 0].sum()
-            split = f"  ({above:.4g} for, {below:.4g} against)" if self._signed() else ""
-            lines.append((f"Σ {name}", f"{mine.sum():.6g}{split}"))
-        if self.result.delta is not None:
-            lines.append(("delta", f"{self.result.delta[i]:.3g}"))
+        for place in range(self._places()):
+            lines.append(("explained", self._explained(i, place)))
+            for method, attributions in self.result.by_method.items():
+                of = f" ({method})" if len(self.result.by_method) > 1 else ""
+                for name, a in attributions.items():
+                    mine = self._of_sample(a, i)[place].astype(np.float64)
+                    lines.append((f"Σ {name}{of}", self._split(mine, method)))
+                delta = self.result.delta_by_method.get(method)
+                if delta is not None:
+                    lines.append((f"delta{of}", f"{np.atleast_1d(delta[i])[place]:.3g}"))
         return f"{self._source(i)}\n{rows(lines)}"
+
+    def _split(self, mine: Array, method: str) -> str:
+        above, below = mine[mine > 0].sum(), mine[mine < 0].sum()
+        split = f"  ({above:.4g} for, {below:.4g} against)" if self._signed(method) else ""
+        return f"{mine.sum():.6g}{split}"
+
+    def _places(self) -> int:
+        """How many targets are explained at once."""
+        targets = self.explain.targets
+        return 1 if targets is None else targets if isinstance(targets, int) else len(targets)
 
     def _class(self, index: int) -> str:
         return f"{index} {self.labels[index]}" if index in self.labels else str(index)
 
-    def _explained(self, i: int) -> str:
-        target, score = self.result.target, self.result.score
-        what = self.explain.output
-        if target is not None:
-            index = self._class(int(target[i])) if target.ndim == 1 else str(target[i].tolist())
-            what += f", target {index}"
+    def _explained(self, i: int, place: int) -> str:
+        what, score = self.explain.output, self._score(i, place)
+        if (target := self._target(i, place)) is not None:
+            what += f", target {target}"
         elif self.explain.takes_seed:
             what += ", seeded"
-        return what if score is None else f"{what}: {score[i]:.6g}"
+        return what if score is None else f"{what}: {score:.6g}"
+
+    def _score(self, i: int, place: int) -> float | None:
+        score = self.result.score
+        return None if score is None else float(np.atleast_1d(score[i])[place])
+
+    def _target(self, i: int, place: int) -> str | None:
+        """What was explained, by name if it has one."""
+        target, targets = self.result.target, self.explain.targets
+        if target is None:
+            if isinstance(targets, int):
+                return f"number {place + 1} by size"
+            return None if targets is None else str(targets[place])
+        if target.ndim > 1 and not self.several:
+            return str(target[i].tolist())
+        return self._class(int(np.atleast_1d(target[i])[place]))
 
     def _source(self, i: int) -> str:
         files = next((item.files for item in self.loaded.values()), ())
@@ -139,54 +191,67 @@ class Report:
             return files[i]
         return f"{files[0]}, sample {i}" if files else f"sample {i}"
 
-    def _signed(self) -> bool:
-        method = METHODS.get(self.explain.method)
-        return method is None or method.is_signed(self.explain.options)
+    def _signed(self, name: str) -> bool:
+        """Whether what is shown of a method can be negative."""
+        method = METHODS.get(name)
+        if {"abs-max", "l2"} & set(self.explain.recipe.reduce.values()):
+            return False
+        return method is None or method.is_signed(self.explain.recipe.methods[name])
 
     def warnings(self) -> list[str]:
         """What should not go unnoticed."""
         found = []
-        for name, a in self.result.attributions.items():
-            if not np.isfinite(a).all():
-                found.append(f"the attribution of '{name}' has entries that are not finite")
-            elif a.size and not a.any():
-                found.append(
-                    f"the attribution of '{name}' is zero everywhere: at this input the output "
-                    "does not react to it"
-                )
+        for method, attributions in self.result.by_method.items():
+            of = f"{method} " if len(self.result.by_method) > 1 else ""
+            for name, a in attributions.items():
+                if not np.isfinite(a).all():
+                    found.append(f"the {of}attribution of '{name}' has entries that are not finite")
+                elif a.size and not a.any():
+                    found.append(
+                        f"the {of}attribution of '{name}' is zero everywhere: at this input the "
+                        "output does not react to it"
+                    )
         return found
 
     # -- picture -------------------------------------------------------------------------------
 
     def figure(self) -> Any:
-        """Input and attribution, for the first samples."""
-        result, panels = self.result, list[plot.Panel]()
-        several = len(result.attributions) > 1
-        for i in range(self.count):
-            for name, a in result.attributions.items():
-                if len(panels) == plot.MOST:
-                    break
-                title = self._title(i)
-                panels.append(self._panel(i, name, a, f"{name}: {title}" if several else title))
-        left_out = self.count * len(result.attributions) - len(panels)
-        if left_out > 0:
-            note(f"the picture shows {len(panels)} of {len(panels) + left_out}")
-        if not panels:
+        """Inputs and attributions of the first samples; of several methods side by side."""
+        methods, tensors = self.explain.methods, self.explain.attributed
+        wanted = [
+            (i, place, name)
+            for i in range(self.count)
+            for place in range(self._places())
+            for name in tensors
+        ]
+        if not wanted:
             raise CompileError("there is nothing to draw: the batch is empty")
-        heading = f"{self.explain.method} of {self.explain.output}"
-        return plot.draw(panels, heading, self._signed())
+        if len(wanted) > plot.MOST:
+            note(f"the picture shows {plot.MOST} of {len(wanted)}")
+        heading = f"{', '.join(methods)} of {self.explain.output}"
+        signed = [self._signed(method) for method in methods]
+        if len(methods) == 1:
+            panels = [self._panel(*one, methods[0]) for one in wanted[: plot.MOST]]
+            return plot.draw(panels, heading, signed[0])
+        lines = [[self._panel(*one, method) for method in methods] for one in wanted[: plot.MOST]]
+        return plot.draw_lines(lines, methods, heading, signed)
 
-    def _panel(self, i: int, name: str, a: Array, title: str) -> plot.Panel:
+    def _panel(self, i: int, place: int, name: str, method: str) -> plot.Panel:
+        title = self._title(i, place)
+        if len(self.explain.attributed) > 1:
+            title = f"{name}: {title}"
         rest: dict[str, Any] = {"title": title, "source": Path(self._source(i)).name}
+        a = self.result.by_method[method][name]
+        mine = self._of_sample(a, i)[place]
         item = self.loaded.get(name)
         if item is None:
             seen = [x for x in self.loaded.values() if x.pixels or (x.form and x.value.ndim == 4)]
-            shown = self._pixels(seen[0], i) if seen and a.ndim > 3 else None
-            return plot.panel_of(self._per_sample(a)[i], pixels=shown, inner=True, **rest)
-        if item.form is None:
+            shown = self._pixels(seen[0], i) if seen and mine.ndim > 2 else None
+            return plot.panel_of(mine, pixels=shown, inner=True, **rest)
+        if item.form is None or (item.form.flat and mine.size < item.value[0].size):
             value = self._per_sample(self.result.inputs[name])[i]
-            return plot.panel_of(self._per_sample(a)[i], value, **rest)
-        picture = item.form.pictures(a)[i]
+            return plot.panel_of(mine, value if value.ndim == mine.ndim else None, **rest)
+        picture = item.form.pictures(mine[None])[0]
         shown = self._pixels(item, i)
         return plot.panel_of(picture, pixels=shown, channels_last=True, **rest)
 
@@ -195,14 +260,20 @@ class Report:
             return item.pixels[i]
         return None if item.form is None else plot.as_pixels(item.form.pictures(item.value)[i])
 
-    def _title(self, i: int) -> str:
-        target, score, classes = self.result.target, self.result.score, self._classes()
-        shown = "" if score is None else f", score {score[i]:.4g}"
+    def _title(self, i: int, place: int) -> str:
+        target, score = self._target(i, place), self._score(i, place)
+        shown = "" if score is None else f", score {score:.4g}"
         if target is None:
             return (self.explain.output + shown) if shown else "attribution"
-        if target.ndim > 1:
-            return f"target {target[i].tolist()}{shown}"
-        title = f"class {self._class(int(target[i]))}{shown}"
-        if classes is not None and int(np.argmax(classes[i])) != int(target[i]):
-            title += f" (predicted {self._class(int(np.argmax(classes[i])))})"
+        classes = self._classes()
+        if classes is None or self.result.target is None:
+            return f"target {target}{shown}"
+        predicted = int(np.argmax(classes[i]))
+        title = f"class {target}{shown}"
+        if not self.several and predicted != int(self.result.target[i]):
+            title += f" (predicted {self._class(predicted)})"
         return title
+
+
+def _plain(value: Any) -> Any:
+    return np.asarray(value, np.float64).tolist()

@@ -21,6 +21,7 @@ from onnx_attrib.cli.common import (
 from onnx_attrib.cli.reading import Reader, read_labels, single
 from onnx_attrib.cli.report import Report
 from onnx_attrib.images import PRESETS, load_arrays
+from onnx_attrib.recipe import Recipe
 from onnx_attrib.runtime import Explainer, Explanation
 
 
@@ -134,7 +135,7 @@ def run_command(
         )
     report = Report(explain, result, loaded, names)
     if out is not None:
-        write_whole(out, lambda path: _write_arrays(path, result))
+        write_whole(out, lambda path: _write_arrays(path, explain.recipe, result))
     if picture is not None:
         figure = report.figure()
         write_whole(picture, lambda path: plot.save(figure, path))
@@ -147,14 +148,13 @@ def run_command(
         note(warning)
 
 
-def _write_arrays(path: Path, result: Explanation) -> None:
+def _write_arrays(path: Path, recipe: Recipe, result: Explanation) -> None:
+    """All arrays, by the names that the model's outputs have."""
     arrays = dict(result.outputs)
-    arrays.update({f"{name}_attribution": a for name, a in result.attributions.items()})
-    if result.delta is not None:
-        arrays["convergence_delta"] = result.delta
+    for method, attributions in result.by_method.items():
+        arrays.update({recipe.attribution(name, method): a for name, a in attributions.items()})
+    arrays.update({recipe.delta(method): delta for method, delta in result.delta_by_method.items()})
     if result.target is not None:
-        arrays.setdefault("target", result.target)
-    # The format has no bfloat16.
-    arrays = {k: a.astype("f4") if a.dtype.name == "bfloat16" else a for k, a in arrays.items()}
+        arrays.setdefault("target" if recipe.targets is None else "targets", result.target)
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

@@ -204,9 +204,14 @@ def _text(model: Path, found: Verification) -> str:
         lines.append(("  " + "  ".join(cells)).rstrip())
     lines += [f"Note: {note}" for note in found.notes]
     off = sum(check.status == "OFF" for check in found.checks)
-    unclear = sum(check.status == "unclear" for check in found.checks)
+    counts = {"unclear": "unclear", "skipped": "not checked"}
+    rest = [
+        f"{count} {text}"
+        for status, text in counts.items()
+        if (count := sum(check.status == status for check in found.checks))
+    ]
     verdict = f"{off} of {len(found.checks)} checks OFF" if off else "Nothing is off"
-    return "\n".join([*lines, verdict + (f", {unclear} unclear" if unclear else "")])
+    return "\n".join([*lines, ", ".join([verdict, *rest])])
 
 
 def _row(check: Check) -> tuple[str, ...]:
@@ -215,7 +220,7 @@ def _row(check: Check) -> tuple[str, ...]:
         check.status,
         _number(check.residual),
         _number(check.uncertainty),
-        "" if check.tolerance is None else f"{check.tolerance:g}",
+        "" if check.tolerance is None else f"{check.tolerance:.2g}",
         check.detail,
     )
 

@@ -216,7 +216,9 @@ class Method:
     of the output. ``differentiates``: the method needs a differentiable path. ``clusters``: what
     counts as one nonlinearity: each operator, also single-variable ``regions`` where paths meet
     again, or also ``chains`` of nonlinearities. ``merges``: a bias or a BatchNormalization after a
-    layer with weights is part of it. ``review(options, names)``: what to tell the user, given the
+    layer with weights is part of it. ``rectifiers``: a region is one or none as a whole, and the
+    method changes these only. ``map(options)``: what is reported is a map over the positions of a
+    layer. ``review(options, names)``: what to tell the user, given the
     names of the layers with weights. ``weights``: what stands in the weights' place, if not they
     themselves. ``signed``: attributions can be negative.
     """
@@ -247,6 +249,11 @@ class Method:
     def is_signed(self, options: Options) -> bool:
         """Whether attributions can be negative with these options."""
         return self.signed if isinstance(self.signed, bool) else self.signed(options)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options' defaults."""
+        return {option.name: option.default for option in self.options}
 
     def has(self, name: str) -> bool:
         """Whether the method has an option of that name."""

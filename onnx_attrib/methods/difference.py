@@ -65,7 +65,7 @@ def conserve(sweep: Sweeper, site: Site, rule: MaxLike) -> Shares:
 
 
 def winners(site: Site, rule: MaxLike) -> tuple[Tensor, Tensor]:
-    """The position of the entry that each output entry's difference is due to, and Δy over its Δz."""
+    """The position of the entry that each output's difference is due to, and Δy over its Δz."""
     op, reference = site.op, at_reference(site)
     rose = op.GreaterOrEqual if rule.sense > 0 else op.LessOrEqual
     position = op.Where(rose(site.y, reference.y), rule.winner(site), rule.winner(reference))

@@ -67,7 +67,7 @@ OPTIONS = (
     Option(
         "patterns",
         None,
-        "the .npz file that 'onnx-attrib fit-patterns' made for this model (required)",
+        "the .npz file that 'onnx-attrib fit-patterns' made for this model",
         read=read_patterns,
         required=True,
     ),

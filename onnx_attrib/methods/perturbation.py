@@ -42,7 +42,7 @@ def stride(value: Any) -> Sizes:
 
 
 def _sizes(value: Any, wanted: str) -> Sizes:
-    parts = value.split(",") if isinstance(value, str) else value
+    parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
     several = isinstance(parts, list | tuple)
     sizes = tuple(_size(part, wanted) for part in (parts if several else [parts]))
     if not sizes:

@@ -3,7 +3,8 @@
 At a ReLU y = max(z, 0) with the multiplier m of y, the multiplier of z is
 
 - gradient: f'(z) · m;
-- deconvnet: max(m, 0), whatever the sign of z (Zeiler and Fergus 2014);
+- deconvnet: max(m, 0), whatever the sign of z (Zeiler and Fergus 2014), times the slope for
+  positive z where it is not 1 (SELU);
 - guided backprop: f'(z) · max(m, 0) (Springenberg et al. 2015).
 
 The same holds for the ReLU's kin: LeakyRelu, PRelu, Elu, Selu, Celu, ThresholdedRelu, a Clip at
@@ -32,12 +33,15 @@ def at_rectifiers(gated: bool) -> Treatment:
     """max(m, 0) at ReLUs, times f'(z) if ``gated``; f'(z) · m elsewhere."""
 
     def treat(sweep: Sweeper, site: Site, rule: Elementwise) -> Shares:
-        if not rule.relu_like(site):
+        slope = rule.relu_like(site)
+        if not slope:
             sweep.enter(site, "plain")
             return derivative(sweep, site, rule)
         sweep.enter(site, "rectifier")
         m: Tensor = site.op.Relu(site.m)
-        return {rule.operand: scale(site, m, rule.derivative(site)) if gated else m}
+        if gated:
+            return {rule.operand: scale(site, m, rule.derivative(site))}
+        return {rule.operand: m if slope == 1 else site.op.Mul(m, slope)}
 
     return treat
 

@@ -317,14 +317,16 @@ def read_bound(value: Any) -> float | np.ndarray | None:
         raise ValueError("a number, an array or an .npy file that exists") from None
 
 
-def read_rules(value: Any) -> dict[str, dict[str, Any]]:
+def read_rules(value: Any) -> dict[str, dict[str, Any]] | None:
     """Rules by patterns of node names: a mapping, or a JSON or TOML file of one.
 
     An entry is the name of a rule, or a table of ``rule`` with ``epsilon``, ``gamma``, ``low`` or
     ``high``.
     """
-    given = value if value is None or isinstance(value, Mapping) else _loaded(value)
-    return {str(pattern): _entry(str(pattern), entry) for pattern, entry in (given or {}).items()}
+    if value is None:
+        return None
+    given = value if isinstance(value, Mapping) else _loaded(value)
+    return {str(pattern): _entry(str(pattern), entry) for pattern, entry in given.items()}
 
 
 def _loaded(path: Any) -> Mapping[str, Any]:
@@ -389,14 +391,14 @@ def _lrp_table(options: Options) -> Table:
     settings = [_setting(line.rule, options) for line in lines]
     named = {
         pattern: _setting(entry["rule"], {**options, **entry})
-        for pattern, entry in options["rules"].items()
+        for pattern, entry in (options["rules"] or {}).items()
     }
     return _table(Plan(lines, settings[0], named, options["product"] == "signal"))
 
 
 def _unmatched(options: Options, names: Collection[str]) -> list[str]:
     """What to say of patterns that no layer's name matches."""
-    lost = [p for p in options["rules"] if not any(fnmatchcase(name, p) for name in names)]
+    lost = [p for p in options["rules"] or () if not any(fnmatchcase(name, p) for name in names)]
     some = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
     return [f"rules: no layer's name matches '{p}'; layers are: {some or 'none'}" for p in lost]
 
@@ -422,7 +424,7 @@ lrp = Method(
         _HIGH,
         Option(
             "rules",
-            {},
+            None,
             "rules by name patterns (fnmatch) of nodes, the first that matches; the others keep "
             "theirs: a .json or .toml file",
             read=read_rules,

@@ -36,6 +36,12 @@ class Layer:
         return self.site.x(1 - self.data)
 
     @property
+    def magnitude(self) -> Tensor:
+        """|W|, which a negative factor of the operator's own makes negative to undo it."""
+        size = self.site.op.Abs(self.weight)
+        return self.site.op.Neg(size) if self.site.node.attrs.get("alpha", 1) < 0 else size
+
+    @property
     def bias(self) -> Tensor | None:
         return self.site.optional(self.bias_index)
 

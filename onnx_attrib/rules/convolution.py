@@ -10,7 +10,7 @@ convolution has equal pads on both sides of an axis, and is cropped where that i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -166,7 +166,7 @@ def transposed_window(site: Site) -> Window:
     if asked:
         known = sizes(site, site.x())
         if known is None:
-            raise Unsupported("output_shape with an input whose size is unknown")
+            return Window(kernel, strides, dilations, None, None, mode != "SAME_UPPER")
         totals = tuple(
             (size - 1) * stride + more + e - out
             for size, stride, more, e, out in zip(
@@ -367,10 +367,29 @@ def conv_transpose_pull(s: Site, i: int) -> Tensor:
     """
     if i == 2:
         return bias_share(s)
-    window, group = transposed_window(s), int(s.attr("group"))
+    window, group, m = transposed_window(s), int(s.attr("group")), s.m
+    if window.begin is None:
+        m, window = whole(s, window)
     if i == 0:
-        return gather(s, s.m, s.x(1), window, group)
-    return correlate(s, s.m, s.x(0), window, group)
+        return gather(s, m, s.x(1), window, group)
+    return correlate(s, m, s.x(0), window, group)
+
+
+def whole(s: Site, window: Window) -> tuple[Tensor, Window]:
+    """M at all that the windows reach, for an ``output_shape`` cut from it at run time.
+
+    Returns it with the window that needs no padding.
+    """
+    op, asked = s.op, list(ints(s, "output_shape")[-len(window.kernel) :])
+    size, surplus = size_vector(s, s.x()), ints(s, "output_padding") or (0,) * len(asked)
+    reach = op.Add(op.Mul(op.Sub(size, 1), list(window.strides)), list(window.extent))
+    total = op.Max(op.Sub(op.Add(reach, list(surplus)), asked), 0)
+    half = op.Div(total, 2)
+    begin = op.Sub(total, half) if window.lower else half
+    end = op.Sub(op.Sub(reach, begin), asked)
+    none = (0,) * len(asked)
+    m = op.Pad(s.m, op.Concat([0, 0], begin, [0, 0], end, axis=0))
+    return m, replace(window, begin=none, end=none)
 
 
 add(Bilinear(op="ConvTranspose", pull=conv_transpose_pull, layer="convolution", bias=2))

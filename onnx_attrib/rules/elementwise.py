@@ -24,22 +24,18 @@ from onnx_attrib.rules.base import (
     no_role,
     only,
 )
+from onnx_attrib.rules.rectifiers import clip_rectifies
 
 Slope = Callable[[Site], Tensor]
 
 
-def always(s: Site) -> bool:
-    return True
+def rectifier(s: Site) -> float:
+    """A ReLU, or its kin: slope 1 for positive z."""
+    return 1.0
 
 
-def never(s: Site) -> bool:
-    return False
-
-
-def is_zero(s: Site, *operands: int) -> bool:
-    """Whether operands are constants of zeros."""
-    values = [s.value(i) for i in operands]
-    return all(value is not None and not value.any() for value in values)
+def no_rectifier(s: Site) -> float:
+    return 0.0
 
 
 def row(
@@ -51,7 +47,7 @@ def row(
     piecewise: bool = False,
     kinked: bool = False,
     poles: bool = False,
-    relu_like: Callable[[Site], bool] = never,
+    relu_like: Callable[[Site], float] = no_rectifier,
     broadcasts: bool = False,
     role: Callable[[Graph, Node], Role] = no_role,
 ) -> None:
@@ -96,7 +92,7 @@ def positive(s: Site) -> Tensor:
 row(
     "Sqrt",
     lambda s: s.op.Mul(s.op.Reciprocal(s.y), 0.5),
-    secant=lambda s: s.op.Reciprocal(s.op.Add(s.y, ref(s).y)),
+    secant=lambda s: steep_at_zero(s, s.op.Reciprocal(s.op.Add(s.y, ref(s).y))),
 )
 row(
     "Reciprocal",
@@ -106,6 +102,12 @@ row(
     role=inverse,
 )
 row("Exp", lambda s: s.y)
+
+
+def steep_at_zero(s: Site, secant: Tensor) -> Tensor:
+    """A secant of a root, with 0 for the infinite slope where neither point differs from zero."""
+    size = s.op.Add(s.op.Abs(s.x()), s.op.Abs(ref(s).x()))
+    return s.op.Where(s.op.Equal(size, 0.0), 0.0, secant)
 
 
 def close_to_zero(slope: Slope) -> Slope:
@@ -224,9 +226,11 @@ def power_pull(s: Site, i: int) -> Tensor:
 
 def power_secant(s: Site) -> Tensor:
     """z + z̄ for a square, else the quotient."""
-    if exponent(s) == 2:
+    fixed = exponent(s)
+    if fixed == 2:
         return s.op.Add(s.x(), ref(s).x())
-    return close_to_zero(power_slope)(s)
+    secant = close_to_zero(power_slope)(s)
+    return secant if fixed is not None and fixed >= 1 else steep_at_zero(s, secant)
 
 
 def power_role(graph: Graph, node: Node) -> Role:
@@ -250,18 +254,37 @@ add(
 
 # -- activations -----------------------------------------------------------------------------------
 
-row("Relu", lambda s: s.op.Greater(s.y, 0.0), piecewise=True, relu_like=always)
+
+def relu_secant(s: Site) -> Tensor:
+    """(y + ȳ) / (|z| + |z̄|): the difference quotient without a difference, and zero at 0/0.
+
+    Both signs alike: 1 and 0 where z and z̄ agree, else the share of the positive one.
+    """
+    op, base = s.op, ref(s)
+    dtype = s.graph.dtype(s.y)
+    least = np.finfo(np.float32 if dtype.name == "bfloat16" else dtype).tiny
+    size = op.Add(op.Abs(s.x()), op.Add(op.Abs(base.x()), float(least)))
+    return op.Div(op.Add(s.y, base.y), size)
+
+
+row(
+    "Relu",
+    lambda s: s.op.Greater(s.y, 0.0),
+    secant=relu_secant,
+    piecewise=True,
+    relu_like=rectifier,
+)
 row(
     "LeakyRelu",
     lambda s: s.op.Where(positive(s), number(s, 1), number(s, s.attr("alpha"))),
     piecewise=True,
-    relu_like=always,
+    relu_like=rectifier,
 )
 row(
     "ThresholdedRelu",
     lambda s: s.op.Greater(s.x(), s.attr("alpha")),
     piecewise=True,
-    relu_like=always,
+    relu_like=rectifier,
 )
 row("Sigmoid", lambda s: s.op.Mul(s.y, s.op.Sub(1.0, s.y)), role=gate)
 row("Tanh", lambda s: s.op.Sub(1.0, s.op.Mul(s.y, s.y)))
@@ -291,13 +314,13 @@ row(
     "Elu",
     exponential_unit(lambda s: s.attr("alpha"), lambda s: 1.0),
     kinked=True,
-    relu_like=always,
+    relu_like=rectifier,
 )
 row(
     "Selu",
     exponential_unit(lambda s: s.attr("alpha"), lambda s: s.attr("gamma")),
     kinked=True,
-    relu_like=always,
+    relu_like=lambda s: float(s.attr("gamma")),
 )
 
 
@@ -310,7 +333,7 @@ def celu_slope(s: Site) -> Tensor:
     return s.op.Where(positive(s), number(s, 1), below)
 
 
-row("Celu", celu_slope, relu_like=always)
+row("Celu", celu_slope, relu_like=rectifier)
 
 
 def hard_sigmoid_slope(s: Site) -> Tensor:
@@ -386,14 +409,14 @@ def clip_definition(s: Site) -> Sequence[Tensor]:
     return [y]
 
 
-row("Clip", clip_slope, piecewise=True, relu_like=lambda s: is_zero(s, 1))
+row("Clip", clip_slope, piecewise=True, relu_like=clip_rectifies)
 add(Composite(op="Clip", decompose=clip_definition))
 
 row(
     "PRelu",
     lambda s: s.op.Where(positive(s), number(s, 1), s.x(1)),
     piecewise=True,
-    relu_like=always,
+    relu_like=rectifier,
     broadcasts=True,
 )
 add(

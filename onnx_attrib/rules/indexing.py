@@ -12,12 +12,14 @@ ScatterND loses additions when it runs on several threads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from onnx_attrib.ir import Node, Tensor, is_tensor, static
 from onnx_attrib.rules.base import Linear, Site, add
+from onnx_attrib.rules.elementwise import ref
 from onnx_attrib.rules.shape import DATA_ONLY
 
 Ints = Any
@@ -25,6 +27,7 @@ Ints = Any
 
 SAME_INDICES = "exact where the indices are the same at x and x̄"
 SAME_CONDITION = "exact where the condition is the same at x and x̄"
+SAME_CHOICE = "exact where the condition is the same at x and x̄, or an operand changes"
 SAME_PLACES = "exact where it starts and ends at the same places at x and x̄"
 
 ZERO, ONE = np.zeros(1, np.int64), np.ones(1, np.int64)
@@ -314,7 +317,26 @@ def where_pull(s: Site, i: int) -> Tensor:
     if s.reference is not None and guards_quotient(s, i):
         # The quotient counts as 0 itself where the Where says so: nothing is chosen.
         return s.m
-    return s.op.Where(s.x(0), s.m, 0.0) if i == 1 else s.op.Where(s.x(0), 0.0, s.m)
+    chosen = s.op.Where(s.x(0), s.m, 0.0) if i == 1 else s.op.Where(s.x(0), 0.0, s.m)
+    if s.reference is None or s.reference.x(0).name == s.x(0).name:
+        return chosen
+    return switched(s, i, chosen)
+
+
+def switched(s: Site, i: int, chosen: Tensor) -> Tensor:
+    """``chosen``, but where the condition is another one at x̄: there Y goes from X₁ to X₂.
+
+    Both share ΔY in proportion to their own changes: M · sign ΔXᵢ · ΔY / (|ΔX₁| + |ΔX₂|). A jump
+    between two that (almost) stay is the condition's own, and nobody's.
+    """
+    op, there = s.op, ref(s)
+    steps = {k: op.Sub(s.x(k), there.x(k)) for k in s.active}
+    moved = reduce(op.Add, (op.Abs(step) for step in steps.values()))
+    change = op.Sub(s.y, there.y)
+    paid = op.Greater(moved, op.Mul(op.Abs(change), s.tolerance(s.y) ** 2))
+    switches = op.And(op.Xor(s.x(0), there.x(0)), paid)
+    share = op.Div(op.Mul(op.Sign(steps[i]), change), moved)
+    return op.Where(switches, op.Mul(s.m, share), chosen)
 
 
 def guards_quotient(s: Site, i: int) -> bool:
@@ -388,7 +410,7 @@ add(
         broadcasts=True,
         lazy=True,
         blocked=frozenset({0}),
-        caveat=SAME_CONDITION,
+        caveat=SAME_CHOICE,
     )
 )
 add(Linear(op="Tile", pull=tile_pull, blocked=DATA_ONLY, flow="moves"))

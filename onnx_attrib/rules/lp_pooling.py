@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add
-from onnx_attrib.rules.convolution import scatter, size_vector, with_sizes
+from onnx_attrib.rules.base import Composite, Linear, Site, add
+from onnx_attrib.rules.convolution import padding, scatter, size_vector, with_sizes
 from onnx_attrib.rules.elementwise import ref
 from onnx_attrib.rules.indexing import SAME_INDICES
 from onnx_attrib.rules.pooling import pool_window
@@ -75,18 +75,22 @@ def root(s: Site, total: Tensor) -> Tensor:
 def window_sums(s: Site, terms: Tensor) -> Tensor:
     """[N, C, out…]: the sum of ``terms`` [N, C, …] over each window, a convolution by ones."""
     op, window = s.op, pool_window(s)
+    alone = with_sizes(s, terms, [-1, 1], s.x())
     if window.begin is None or window.end is None:
-        raise Unsupported("auto_pad SAME and strides, with a size known only at run time")
-    kernel = np.ones((1, 1, *window.kernel), s.graph.dtype(terms))
-    # Room for a last window that reaches past the data; the output says how many there are.
-    room = [stride - 1 if s.attr("ceil_mode") else 0 for stride in window.strides]
-    end = [pad + more for pad, more in zip(window.end, room, strict=True)]
+        first, last = padding(s, window)
+        alone = op.Pad(alone, op.Concat([0, 0], first, [0, 0], last, axis=0))
+        pads = [0] * 2 * len(window.kernel)
+        room = [0] * len(window.kernel)
+    else:
+        # Room for a last window that reaches past the data; the output says how many there are.
+        room = [stride - 1 if s.attr("ceil_mode") else 0 for stride in window.strides]
+        pads = [*window.begin, *(pad + more for pad, more in zip(window.end, room, strict=True))]
     sums = op.Conv(
-        with_sizes(s, terms, [-1, 1], s.x()),
-        kernel,
+        alone,
+        np.ones((1, 1, *window.kernel), s.graph.dtype(terms)),
         strides=window.strides,
         dilations=window.dilations,
-        pads=[*window.begin, *end],
+        pads=pads,
     )
     if any(room):
         sums = op.Slice(sums, [0] * len(room), size_vector(s, s.y), window.axes)

@@ -12,8 +12,8 @@ import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Elementwise, MaxLike, Site, add, only
-from onnx_attrib.rules.elementwise import is_zero
 from onnx_attrib.rules.indexing import Ints, calc, count_up, sizes
+from onnx_attrib.rules.rectifiers import maximum_rectifies, minimum_rectifies
 from onnx_attrib.rules.reduction import kept, reduced_axes, unreduced
 from onnx_attrib.rules.shape import DATA_ONLY
 
@@ -126,21 +126,17 @@ def extremum(op: str, beyond: str, sense: int) -> None:
             bound = others[0] if len(others) == 1 else s.graph.emit(op, *others)
             return s.graph.emit(beyond, s.y, bound)
 
-        def relu_like(s: Site) -> bool:
-            """Max(x, 0) is a ReLU."""
-            others = [j for j in range(len(s.inputs)) if j != k]
-            return sense > 0 and bool(others) and is_zero(s, *others)
-
         return Elementwise(
             op=op,
             derivative=chosen,
             operand=k,
             piecewise=True,
-            relu_like=relu_like,
+            relu_like=lambda s: rectifies(s, k),
             broadcasts=True,
             covers=only(k),
         )
 
+    rectifies = maximum_rectifies if sense > 0 else minimum_rectifies
     for k in range(_SINGLE):
         add(mask(k))
     add(

@@ -126,7 +126,7 @@ def product_pull(s: Site, i: int) -> Tensor:
     zero = [op.Equal(s.x(k), 0.0) for k in (0, 2)]
     data, updates = (op.Where(z, one, s.x(k)) for z, k in zip(zero, (0, 2), strict=True))
     counts = [op.Cast(z, to=dtype) for z in zero]
-    others = op.Sub(read_at(s, landed(s, *counts, "add")), counts[1])
+    others = op.Sub(read_at(s, landed(s, counts[0], counts[1], "add")), counts[1])
     product = op.Div(read_at(s, landed(s, data, updates, "mul")), updates)
     return op.Where(op.Equal(others, 0.0), op.Mul(read_at(s, s.m), product), 0.0)
 
