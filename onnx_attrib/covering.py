@@ -21,7 +21,8 @@ def drawn(
     """Entries at random, of all samples, with the windows over each: about ``limit`` in all."""
     if 0 in shape:
         return []
-    found, spent = [], 0
+    found: list[tuple[Index, list[Index]]] = []
+    spent = 0
     candidates = [
         tuple(slice(None) if k == samples else int(rng.integers(n)) for k, n in enumerate(shape))
         for _ in range(_CANDIDATES)

@@ -187,4 +187,14 @@ class Job:
         )
 
 
-__all__ = ["Background", "Baseline", "Choice", "Cluster", "Job", "Request", "Scope", "Target", "Targets"]
+__all__ = [
+    "Background",
+    "Baseline",
+    "Choice",
+    "Cluster",
+    "Job",
+    "Request",
+    "Scope",
+    "Target",
+    "Targets",
+]

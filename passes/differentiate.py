@@ -371,7 +371,7 @@ class Sweep:
             active = flow(cluster.nodes, {root})
             return inner.run(cluster.nodes, active, {cluster.output.name: one}, [root])[root]
 
-        kinked = any(_bends(node) for node in cluster.nodes)
+        kinked = any(_bends(self.graph, node) for node in cluster.nodes)
         return Elementwise(
             op="cluster",
             derivative=derivative,
@@ -441,12 +441,13 @@ def flow(nodes: Sequence[Node], roots: set[str]) -> set[str]:
     return active
 
 
-def _bends(node: Node) -> bool:
-    """Whether a node of a nonlinearity may give it a kink."""
+def _bends(graph: Graph, node: Node) -> bool:
+    """Whether a node of a nonlinearity may give it a kink, or a slope without bounds."""
     row = rules.lookup(node.op, node.domain, (0,))
-    return node.op == "Where" or (
-        isinstance(row, Elementwise) and bool(row.piecewise or row.kinked)
-    )
+    if not isinstance(row, Elementwise):
+        return bool(node.op == "Where")
+    site = Site(graph, node, tuple(node.inputs), tuple(node.outputs), (), (0,))
+    return row.piecewise or row.kinked or row.partial(site)
 
 
 def _may_carry(tensor: Tensor) -> bool:

@@ -85,7 +85,8 @@ def _followed(graph: Graph, nodes: Sequence[Node]) -> tuple[dict[str, Roles], di
     for node in nodes:
         output = node.outputs[0]
         shape = graph.shape(output) or ()
-        found, inside = None, node.op in _CONVOLUTIONS
+        found: Roles | None = None
+        inside = node.op in _CONVOLUTIONS
         if node.op in _SLIDING and len(shape) > 2:
             found = tuple(range(len(shape)))
         for operand in node.inputs if found is None else ():

@@ -3,8 +3,8 @@
 Precondition: scope. Postcondition, for methods with a reference: ``job.baselines`` holds x̄ of
 every attributed tensor, and ``job.reference`` the values at x̄ of every tensor that depends on
 what the baseline replaces; for methods with a background, ``job.background`` holds K references,
-which are evaluated where they are needed. A reference that is the same for all samples keeps batch 1 and is
-broadcast where it meets them; ONNX Runtime folds it at load time when it is constant.
+which are evaluated where they are needed. A reference that is the same for all samples keeps batch
+1 and is broadcast where it meets them; ONNX Runtime folds it at load time when it is constant.
 Raises OptionError for a baseline that does not fit.
 """
 

@@ -2,8 +2,8 @@
 
 Methods that evaluate the model at many points stack some of them along the batch axis
 (:class:`Stack`) and go over such groups in a Loop that adds up (:func:`accumulate`), so that
-memory is bounded by one group. Copies are the slow axis: [copies · N, …]. A model whose batch cannot
-be stacked (a fixed batch, or one mixed with other axes) is evaluated one copy at a time.
+memory is bounded by one group. Copies are the slow axis: [copies · N, …]. A model whose batch
+cannot be stacked (a fixed batch, or one mixed with other axes) is evaluated one copy at a time.
 """
 
 from __future__ import annotations

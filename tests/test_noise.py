@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 
 ort = pytest.importorskip("onnxruntime")
 
-from onnx_attrib import noise
-from onnx_attrib.ir import Graph
+from onnx_attrib import noise  # noqa: E402
+from onnx_attrib.ir import Graph  # noqa: E402
 
 Array = np.ndarray
 PRIME = 2147483579

@@ -121,7 +121,7 @@ def tangermeme(module: Any, x: Array, background: Array, target: int) -> Array:
     return parts
 
 
-@pytest.mark.parametrize("draw", range(4))
+@pytest.mark.parametrize("draw", range(2))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("make", [cnn, mlp])
 def test_deeplift_and_deep_shap(make: Any, activation: str, draw: int) -> None:

@@ -258,9 +258,7 @@ def test_several_targets_and_methods(rng: np.random.Generator) -> None:
     result = run(compiled, {"x": x})
     order = np.argsort(-run(source, {"x": x})["y"], axis=1)
     for method in methods:
-        alone = onnx_attrib.compile(
-            source, method, baseline=base, delta=method == "deep-shap"
-        )
+        alone = onnx_attrib.compile(source, method, baseline=base, delta=method == "deep-shap")
         name = f"x_attribution_{method}"
         assert result[name].shape == (3, 3, 3, 20)
         for rank in range(3):
@@ -389,7 +387,7 @@ def test_refusals(rng: np.random.Generator) -> None:
         onnx_attrib.compile(source, ["deep-shap", "deeplift"], baseline=base)
     with pytest.raises(OptionError, match="compile them apart"):
         onnx_attrib.compile(source, ["deep-shap", "deeplift"], baseline="input")
-    with pytest.raises(OptionError, match="delta is for: .*deep-shap"):
+    with pytest.raises(OptionError, match=r"delta is for: .*deep-shap"):
         onnx_attrib.compile(source, "expected-gradients", delta=True)
     with pytest.raises(OptionError, match="background"):
         onnx_attrib.compile(source, "deep-shap", baseline=base[:0])

@@ -47,9 +47,7 @@ OF = {
 @pytest.mark.parametrize("of", OF)
 @pytest.mark.parametrize("power", [1, "2", "variance"])
 @pytest.mark.parametrize(("batch", "chunk"), [("N", 3), ("N", 1), ("N", 50), ("3", 3)])
-def test_restated(
-    rng: np.random.Generator, of: str, power: Any, batch: str, chunk: int
-) -> None:
+def test_restated(rng: np.random.Generator, of: str, power: Any, batch: str, chunk: int) -> None:
     """The mean, mean of squares and variance over the copies, in float64."""
     source, x = mlp(rng, batch), rng.standard_normal((3, 5)).astype(np.float32)
     compiled = onnx_attrib.compile(
@@ -198,8 +196,9 @@ def test_where_the_batch_is_not_the_first_axis(rng: np.random.Generator) -> None
 
 def test_without_a_batch_axis(rng: np.random.Generator) -> None:
     """Entries of one sample have noise of their own each."""
-    source = text("g (float[5] x) => (float[1, 5] y) <int64[1] a = {0}> "
-                  "{ s = Tanh(x) y = Unsqueeze(s, a) }")
+    source = text(
+        "g (float[5] x) => (float[1, 5] y) <int64[1] a = {0}> { s = Tanh(x) y = Unsqueeze(s, a) }"
+    )
     x = rng.standard_normal(5).astype(np.float32)
     compiled = onnx_attrib.compile(source, "smoothgrad", target="seed", samples=5)
     result = run(compiled, {"x": x, "seed": np.ones((1, 5), np.float32)})["x_attribution"]
@@ -211,9 +210,7 @@ def test_other_types(rng: np.random.Generator, kind: str) -> None:
     """Squares in 16 bits are summed in 32."""
     dtype = np.dtype({"float16": "f2", "double": "f8"}[kind])
     a = rng.standard_normal((5, 4)).astype(dtype)
-    source = text(
-        f"g ({kind}[N, 5] x) => ({kind}[N, 4] y) {{ h = MatMul(x, a) y = Tanh(h) }}", a=a
-    )
+    source = text(f"g ({kind}[N, 5] x) => ({kind}[N, 4] y) {{ h = MatMul(x, a) y = Tanh(h) }}", a=a)
     x = rng.standard_normal((2, 5)).astype(dtype)
     for power in (1, 2, "variance"):
         compiled = onnx_attrib.compile(source, "smoothgrad", target=1, power=power, samples=8)

@@ -51,9 +51,16 @@ def call(*arguments: str | Path) -> Result:
 # -- what is right ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = {"window": 14, "stride": 14, "samples": 2}
+"""Options of methods that evaluate a model often."""
+
+
+@pytest.mark.parametrize(
+    "method", [m.name for m in METHODS.values() if not any(o.required for o in m.options)]
+)
 def test_every_method(method: str) -> None:
-    found = verify(CNN, method, samples=1)
+    options = {name: value for name, value in QUICK.items() if METHODS[method].has(name)}
+    found = verify(CNN, {method: options}, samples=1)
     assert found.ok, found
     assert "unclear" not in statuses(found).values()
     assert statuses(found)["own"] == "ok"

@@ -94,8 +94,8 @@ class Option:
         if self.read is not None:
             try:
                 return self.read(value)
-            except ValueError as wanted:
-                raise OptionError(f"option '{self.name}' must be {wanted}, not '{value}'") from None
+            except ValueError as error:
+                raise OptionError(f"option '{self.name}' must be {error}, not '{value}'") from None
         kind = type(self.default)
         try:
             number = kind(value)

@@ -17,8 +17,9 @@ Rescale rule sees only what is left of both. RevealCancel (Shrikumar et al. 2017
   Loop, Scan and If) follows the Rescale rule and its kin, with m⁺ where Δy > 0, m⁻ where Δy < 0
   and their mean where Δy = 0: the parts of its outputs, as of the attributed tensors, are all or
   nothing of Δ by its sign;
-- so does a function with poles, which a part alone might cross, and one that is not finite at
-  x̄ + Δx⁺ or x̄ + Δx⁻, but these take both parts along.
+- so do functions that are not defined everywhere (roots, logarithms, 1/x), because a part alone
+  might lead outside, and entries where f is not finite at x̄ + Δx⁺ or x̄ + Δx⁻, or steeper on the
+  way than floats can add up (some 200 times, in float32), but these take both parts along.
 
 Every operator conserves m⁺Δ⁺ + m⁻Δ⁻, so the sum to S(x) − S(x̄) is exact. Parts live from a
 nonlinearity back to the next layer only, because a layer asks for the sign of wΔx alone.
@@ -231,7 +232,7 @@ class RevealCancel:
         """Mean and half-difference of Δy⁺/Δx⁺ and Δy⁻/Δx⁻; None where both are Δy/Δx."""
         key = ("slopes", site.y.name)
         if key not in sweep.kept:
-            found = None if rule.poles else self.ends(sweep, site, rule.operand)
+            found = None if rule.partial(site) else self.ends(sweep, site, rule.operand)
             if found is not None and not self.where(sweep, site):
                 found = None
             sweep.kept[key] = None if found is None else slopes(sweep, site, rule, found)
@@ -388,6 +389,8 @@ def slopes(sweep: Sweeper, site: Site, rule: Elementwise, side: Ends) -> tuple[T
     same, apart = site.midpoint(up, down), op.Mul(op.Sub(up, down), 0.5)
     if rule.piecewise:
         return same, apart
-    infinite = np.array(np.inf, site.graph.dtype(site.y))
-    finite = op.Less(op.Add(op.Abs(up), op.Abs(down)), infinite)
-    return op.Where(finite, same, secant(site, rule)), op.Where(finite, apart, 0.0)
+    # Beside something so steep (or infinite, or no number), rounding hides the whole difference.
+    plain = secant(site, rule)
+    steepest = op.Mul(op.Add(op.Abs(plain), 1.0), 1 / site.tolerance(plain))
+    sane = op.Less(op.Add(op.Abs(up), op.Abs(down)), steepest)
+    return op.Where(sane, same, plain), op.Where(sane, apart, 0.0)

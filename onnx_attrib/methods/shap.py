@@ -1,19 +1,20 @@
 """Methods against a background of K samples: DeepSHAP and expected gradients.
 
-The first axis of their baseline is K: an array [K, …] of the input's shape behind it, or given at run
-time. Zeros or a number is a background of one.
+The first axis of their baseline is K: an array [K, …] of the input's shape behind it, or given at
+run time. Zeros or a number is a background of one.
 
 **DeepSHAP** (Lundberg & Lee 2017, arXiv 1705.07874; SHAP's DeepExplainer): the mean of DeepLIFT's
 attributions with each sample of the background as the reference. It sums to S(x) − mean S(x̄_k),
 exactly, because DeepLIFT conserves here; SHAP's own and Captum's do not where DeepLIFT does not
 (:mod:`onnx_attrib.methods.deeplift`).
 
-**Expected gradients** (Erion et al. 2021, arXiv 1906.10670): integrated gradients in expectation over
-the background, E[(x − x̄)·∇S(x̄ + α(x − x̄))], estimated from ``samples`` draws of a sample x̄ of the
-background and an α, both uniform. Draws are the same in every run and for all samples of a batch;
-``seed`` chooses them. The sum S(x) − E S(x̄) is reached in expectation only: the error falls like
-1/√samples. With ``noise`` σ every draw has x + σε, with standard normal ε, in place of x (in x − x̄
-too): GradientSHAP, with Captum's ``stdevs`` σ, the standard deviation itself.
+**Expected gradients** (Erion et al. 2021, arXiv 1906.10670): integrated gradients in expectation
+over the background, E[(x − x̄)·∇S(x̄ + α(x − x̄))], estimated from ``samples`` draws of a sample x̄ of
+the background and an α, both uniform. Draws are the same in every run and for all samples of a
+batch (Captum draws anew for each); ``seed`` chooses them. The sum S(x) − E S(x̄) is reached in
+expectation only: the error falls like 1/√samples. With ``noise`` σ every draw has x + σε, with
+standard normal ε, in place of x (in x − x̄ too): GradientSHAP, with Captum's ``stdevs`` σ, the
+standard deviation itself.
 """
 
 from dataclasses import replace

@@ -268,9 +268,9 @@ class Elementwise(Rule):
     costs one operator less and keeps NaN and infinities out. ``secant(site)`` is
     (f(z) − f(z̄)) / (z − z̄) where a closed form is better than the quotient, or None where this
     node has none. ``piecewise``: f is piecewise linear, so the quotient needs no smoothing near
-    z = z̄; ``kinked``: it is not, but its slope may jump. ``poles``: it has some, and a step may
-    go across. ``relu_like(site)``: the slope for positive z of a ReLU or its kin, which
-    guided backprop and deconvnet change; 0 for others.
+    z = z̄; ``kinked``: it is not, but its slope may jump. ``partial(site)``: f is not defined on
+    the whole line, or has poles. ``relu_like(site)``: the slope for positive z of a ReLU or its
+    kin, which guided backprop and deconvnet change; 0 for others.
     """
 
     derivative: Callable[[Site], Tensor]
@@ -278,7 +278,7 @@ class Elementwise(Rule):
     operand: int = 0
     piecewise: bool = False
     kinked: bool = False
-    poles: bool = False
+    partial: Callable[[Site], bool] = lambda site: False
     relu_like: Callable[[Site], float] = lambda site: 0.0
     lazy: bool = True
 

@@ -21,7 +21,7 @@ from onnx_attrib.rules.base import (
     inverse,
     only,
 )
-from onnx_attrib.rules.elementwise import ref
+from onnx_attrib.rules.elementwise import always, ref
 
 # -- sums ------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ add(
         # (c/z − c/z̄)/Δz = −c/(z·z̄)
         secant=lambda s: s.op.Neg(s.op.Div(s.y, ref(s).x(1))),
         operand=1,
-        poles=True,
+        partial=always,
         covers=only(1),
         broadcasts=True,
         role=inverse,

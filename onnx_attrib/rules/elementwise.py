@@ -38,6 +38,14 @@ def no_rectifier(s: Site) -> float:
     return 0.0
 
 
+def always(s: Site) -> bool:
+    return True
+
+
+def never(s: Site) -> bool:
+    return False
+
+
 def row(
     op: str,
     derivative: Slope,
@@ -46,7 +54,7 @@ def row(
     operand: int = 0,
     piecewise: bool = False,
     kinked: bool = False,
-    poles: bool = False,
+    partial: Callable[[Site], bool] = never,
     relu_like: Callable[[Site], float] = no_rectifier,
     broadcasts: bool = False,
     role: Callable[[Graph, Node], Role] = no_role,
@@ -60,7 +68,7 @@ def row(
             operand=operand,
             piecewise=piecewise,
             kinked=kinked,
-            poles=poles,
+            partial=partial,
             relu_like=relu_like,
             broadcasts=broadcasts,
             role=role,
@@ -93,12 +101,13 @@ row(
     "Sqrt",
     lambda s: s.op.Mul(s.op.Reciprocal(s.y), 0.5),
     secant=lambda s: steep_at_zero(s, s.op.Reciprocal(s.op.Add(s.y, ref(s).y))),
+    partial=always,
 )
 row(
     "Reciprocal",
     lambda s: s.op.Neg(s.op.Mul(s.y, s.y)),
     secant=lambda s: s.op.Neg(s.op.Mul(s.y, ref(s).y)),
-    poles=True,
+    partial=always,
     role=inverse,
 )
 row("Exp", lambda s: s.y)
@@ -128,7 +137,7 @@ def log_slope(s: Site) -> Tensor:
     return s.op.Reciprocal(s.x())
 
 
-row("Log", log_slope, secant=close_to_zero(log_slope))
+row("Log", log_slope, secant=close_to_zero(log_slope), partial=always)
 row("Abs", lambda s: s.op.Sign(s.x()), piecewise=True)
 row(
     "Erf",
@@ -138,7 +147,7 @@ row("Sin", lambda s: s.op.Cos(s.x()))
 row("Cos", lambda s: s.op.Neg(s.op.Sin(s.x())))
 
 
-row("Tan", lambda s: s.op.Add(s.op.Mul(s.y, s.y), 1.0), poles=True)
+row("Tan", lambda s: s.op.Add(s.op.Mul(s.y, s.y), 1.0), partial=always)
 row("Sinh", lambda s: s.op.Cosh(s.x()))
 row("Cosh", lambda s: s.op.Sinh(s.x()))
 
@@ -155,12 +164,12 @@ def inverse_slope(sign: int, constant: int, root: bool = True, factor: int = 1) 
     return slope
 
 
-row("Asin", inverse_slope(-1, 1))
-row("Acos", inverse_slope(-1, 1, factor=-1))
+row("Asin", inverse_slope(-1, 1), partial=always)
+row("Acos", inverse_slope(-1, 1, factor=-1), partial=always)
 row("Atan", inverse_slope(1, 1, root=False))
 row("Asinh", inverse_slope(1, 1))
-row("Acosh", inverse_slope(1, -1))
-row("Atanh", inverse_slope(-1, 1, root=False))
+row("Acosh", inverse_slope(1, -1), partial=always)
+row("Atanh", inverse_slope(-1, 1, root=False), partial=always)
 
 
 def exponent(s: Site) -> float | None:
@@ -239,7 +248,20 @@ def power_role(graph: Graph, node: Node) -> Role:
     return "scale" if fixed is not None and fixed.size and float(fixed.max()) < 0 else ""
 
 
-row("Pow", power_slope, secant=power_secant, broadcasts=True, role=power_role)
+def power_partial(s: Site) -> bool:
+    """Only whole powers, from z⁰ on, are defined everywhere."""
+    fixed = exponent(s)
+    return fixed is None or fixed < 0 or not fixed.is_integer()
+
+
+row(
+    "Pow",
+    power_slope,
+    secant=power_secant,
+    partial=power_partial,
+    broadcasts=True,
+    role=power_role,
+)
 row("Pow", exponential_slope, operand=1, broadcasts=True)
 add(
     Composite(

@@ -140,6 +140,9 @@ def dropout(b: Builder) -> str:
 
 @recipe(10)
 def remainder(b: Builder) -> str:
+    if b.dtype == "float16":
+        # In few digits it is rounding that decides how often the divisor fits.
+        raise Refused
     return str(b.emit("Mod", b.tensor(), b.number(0.7), fmod=1))
 
 
