@@ -77,7 +77,8 @@ def compile(
         baseline: x̄, for methods that have a reference: ``"zeros"``, a number, an array (or the
             path of an .npy or .npz), a mapping of arrays by tensor name, or ``"input"``: a graph
             input ``<name>_baseline`` (batch 1 or N) for each model input that feeds the
-            attributed tensors.
+            attributed tensors. Methods with a background take K samples: arrays [K, …], or K as
+            the batch at run time.
         delta: add the output ``convergence_delta`` [N], Σ attribution − (S(x) − S(x̄)); only for
             methods that promise completeness.
         reduce: reduce an axis of the attribution, which stays with size 1: ``{axis: how}`` or

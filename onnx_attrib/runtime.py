@@ -219,7 +219,7 @@ class Explainer:
                 which is also the default. For an output of rank r > 2 a tuple of r−1 indices,
                 or [N, r−1].
             baseline: for models compiled with ``baseline="input"``: a number, an array (batch 1
-                or N) or arrays by input name.
+                or N; for a background any number of samples) or arrays by input name.
             seed: for models compiled with ``target="seed"``: of the output's shape.
             **named: arrays by input name.
 

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
 from onnx_attrib.errors import Offence, OptionError, UnsupportedOpError
-from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values, is_float, operands
+from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, Values, is_float, operands
 from onnx_attrib.job import Cluster, Front, Job, Scope
 from onnx_attrib.methods.base import GRADIENT, Shares, Table
 from onnx_attrib.passes.cluster import Stretch, find
@@ -73,7 +73,7 @@ def starts(job: Job, at: Values | None = None, seed: Tensor | None = None) -> di
 
 
 def multipliers(sweep: Sweep, scope: Scope, seeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the sweep finds for each attributed tensor: zeros, with a note, where nothing arrives."""
+    """What the sweep finds for each attributed tensor; zeros, with a note, if nothing arrives."""
     found = sweep.run(scope.nodes, scope.active, seeds, scope.names)
     for tensor in scope.inputs:
         if tensor.name not in found:
@@ -86,11 +86,7 @@ def multipliers(sweep: Sweep, scope: Scope, seeds: Mapping[str, Tensor]) -> dict
 def filled(graph: Graph, like: Tensor, value: np.ndarray) -> Tensor:
     """``value``, broadcast to the shape of ``like`` and in its dtype."""
     shape = graph.shape(like)
-    given = value.shape[::-1]
-    if shape is not None and (
-        len(given) > len(shape)
-        or any(n not in (1, d) for n, d in zip(given, shape[::-1], strict=False) if isinstance(d, int))
-    ):
+    if shape is not None and not _fits(value.shape, shape):
         wanted = ", ".join("?" if d is None else str(d) for d in shape)
         raise OptionError(
             f"an array of shape {list(value.shape)} does not fit '{like.name}', [{wanted}]"
@@ -98,6 +94,12 @@ def filled(graph: Graph, like: Tensor, value: np.ndarray) -> Tensor:
     result = graph.op.Expand(np.asarray(value, graph.dtype(like)), graph.op.Shape(like))
     result.shape = like.shape
     return result
+
+
+def _fits(given: tuple[int, ...], shape: Shape) -> bool:
+    """Whether an array can be broadcast to a shape, as far as that is known."""
+    pairs = zip(given[::-1], shape[::-1], strict=False)
+    return len(given) <= len(shape) and all(n in (1, d) for n, d in pairs if isinstance(d, int))
 
 
 def full(graph: Graph, m: Tensor, like: Tensor) -> Tensor:
@@ -298,11 +300,12 @@ class Sweep:
         nodes = self.graph.prune(self.front.nodes, [tensor])
         read = {t.name for node in nodes for t in self.graph.uses(node)} | {tensor.name}
         sources = [t for t in self.front.sources if t.name in read]
-        ends = [
-            self.graph.replicate(nodes, {t.name: filled(self.graph, self.at(t), v) for t in sources})
-            for v in (low, high)
-        ]
-        left, right = (values(tensor) for values in ends)
+        left, right = (
+            self.graph.replicate(
+                nodes, {t.name: filled(self.graph, self.at(t), end) for t in sources}
+            )(tensor)
+            for end in (low, high)
+        )
         if any(t.name == tensor.name for t in sources):
             return left, right
         return op.Min(left, right), op.Max(left, right)

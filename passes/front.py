@@ -13,7 +13,7 @@ from __future__ import annotations
 from onnx import GraphProto
 
 from onnx_attrib import rules
-from onnx_attrib.ir import Graph, Node, bodies, operands, subgraphs
+from onnx_attrib.ir import Node, bodies, operands, subgraphs
 from onnx_attrib.job import Front, Job
 from onnx_attrib.passes.differentiate import active_inputs
 from onnx_attrib.passes.reference import outermost

@@ -374,6 +374,17 @@ def test_relevance_of_what_has_a_size_at_run_time(rng: np.random.Generator, node
 # -- around onnxruntime ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_rectifier_that_is_off_at_both_points(name: str) -> None:
+    """onnxruntime left out a sum with a number too small for float32, and divided 0 by 0."""
+    model = text(f"g ({name}[N] x) => ({name}[N] y) {{ r = Relu (x) y = Relu (r) }}")
+    dtype = DTYPES[name]
+    x, base = np.array([1, -1, -2, 0], dtype), np.array([-1, -3, 4, 0], dtype)
+    feeds = {"x": x, "x_baseline": base, "seed": np.ones(4, dtype)}
+    found = explained(model, feeds, target="seed", baseline="input")["x_attribution"]
+    np.testing.assert_allclose(found, np.array([1, 0, -4, 0]), rtol=2e-3)
+
+
 def test_casts_there_and_back_outside_a_loop(rng: np.random.Generator) -> None:
     """onnxruntime 1.31 drops the pair of Casts of the seed, but the Loop reads the second."""
     model = text(

@@ -288,6 +288,19 @@ def test_sizes_known_at_run_time(rng: np.random.Generator, method: str) -> None:
         close(found[0], expected["x_attribution"])
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_loop_reads_what_was_cast_back(rng: np.random.Generator, chunk: int) -> None:
+    """ONNX Runtime 1.31 drops the pair of Casts and then misses f in the Loop."""
+    source = text(
+        """g (float[N, 4] x) => (float[N, 4] y)
+        { d = Cast <to = 11> (x) f = Cast <to = 1> (d) t = Tanh(f) y = Mul(t, f) }"""
+    )
+    x, base = drawn(rng, 3, (4,)), drawn(rng, 5, (4,))
+    compiled = onnx_attrib.compile(source, "deep-shap", target=1, baseline=base, chunk=chunk)
+    expected = one_by_one(source, {"x": x}, {"x": base}, target=1)
+    close(run(compiled, {"x": x})["x_attribution"], expected["x_attribution"])
+
+
 def test_memory_is_one_chunk(rng: np.random.Generator) -> None:
     source, base = conv(rng), drawn(rng, 50, (3, 20))
     for method in METHODS:

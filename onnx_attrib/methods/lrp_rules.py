@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -91,9 +91,7 @@ RULES: Mapping[str, tuple[Part, ...]] = {
     "alpha2beta1": (Part(_GAINS, 2.0), Part(_LOSSES, -1.0)),
     "wsquare": (Part((Term("1", "²", "²"),)),),
     "flat": (Part((Term("1", "1", None),)),),
-    "zbox": (
-        Part((Term("", "", None), Term("low", "+", None, -1), Term("high", "-", None, -1))),
-    ),
+    "zbox": (Part((Term("", "", None), Term("low", "+", None, -1), Term("high", "-", None, -1))),),
     "pass": (),
 }
 """Every rule. ``pass`` leaves relevance as it is."""

@@ -128,7 +128,7 @@ class RevealCancel:
             return {layer.data: site.op.Add(layer.back(mean, layer.weight), rest)}
         if by_entry(site, rule):
             return self._entries(sweep, site, rule)
-        if summed(site, rule):
+        if isinstance(rule, Linear) and summed(site, rule):
             return self._terms(sweep, site, rule)
         return self._treatment(rule)(sweep, settled(site), rule)
 
@@ -289,11 +289,9 @@ def by_entry(site: Site, rule: Linear | Bilinear) -> bool:
     return rule.flow != "mixes" or alone
 
 
-def summed(site: Site, rule: Linear | Bilinear) -> bool:
+def summed(site: Site, rule: Linear) -> bool:
     """Whether it is a sum of its active operands, or of entries with positive coefficients."""
-    if not isinstance(rule, Linear) or (rule.caveat and not steady(site)):
-        return False
-    return rule.broadcasts or rule.positive
+    return (rule.broadcasts or rule.positive) and (not rule.caveat or steady(site))
 
 
 def steady(site: Site) -> bool:
