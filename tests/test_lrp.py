@@ -336,11 +336,43 @@ def test_every_family() -> None:
         for product in ("uniform", "signal"):
             result = explain(model, x, epsilon=1e-9, product=product)
             found = result["x_attribution"]
-            # Both of a gate's ends meet bits that a constant adds (1 − z in a GRU).
+            # In a GRU, 1 − z as a factor gets a half, of which the one takes its part.
             missing = abs(found.sum() - result["y"]) / np.abs(found).sum()
             assert np.isfinite(found).all(), name
             if (name, product) != ("gru", "uniform"):
                 assert missing <= 1e-4, (name, product, missing)
+
+
+FAMILIES = ("resnet18", "vgg11_bn", "mobilenet", "inception", "genomics", "vit", "squeeze_excite",
+            "gated_product", "silu", "reused_relu", "adjacent", "group_norms", "dilated_pool",
+            "dense_block", "mlp", "encoder")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    """Without biases and constant tokens all of S arrives, whatever the architecture.
+
+    Gates and attention weights get nothing: a softmax does not conserve (Achtibat et al. 2024).
+    """
+    torch = pytest.importorskip("torch")
+    from . import zoo
+
+    module, x = zoo.build(name), zoo.sample(name, 2, 5)
+    with torch.no_grad():
+        for key, value in (*module.named_parameters(), *module.named_buffers()):
+            if key.rsplit(".", 1)[-1] in ("bias", "running_mean", "token", "positions"):
+                value.zero_()
+    for exporter in zoo.EXPORTERS:
+        model = zoo.export(module, x, exporter)
+        for options in ({}, {"composite": "attn-lrp"}):
+            found = explain(
+                model, x.numpy(), target="argmax", epsilon=1e-9, product="signal", **options
+            )
+            relevances = found.pop("x_attribution").reshape(2, -1).astype(np.float64)
+            (y,) = found.values()
+            size = np.abs(relevances).sum(1)
+            assert (np.abs(relevances.sum(1) - y.max(1)) <= 1e-4 * size).all()
 
 
 def test_batch_and_targets() -> None:

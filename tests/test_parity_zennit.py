@@ -185,7 +185,7 @@ def apart(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def agrees(
-    proto: onnx.ModelProto, model: nn.Module, x: torch.Tensor, composite: Any, **options: Any
+    proto: onnx.ModelProto, model: nn.Module, x: torch.Tensor, theirs: Any, **options: Any
 ) -> bool:
     """Whether relevances are within 1e-4 of the largest.
 
@@ -194,11 +194,11 @@ def agrees(
     from an export whose weights are those of the module.
     """
     options = {"method": "lrp", "target": TARGET, **options}
-    expected = oracle(model, x, composite)
+    expected = oracle(model, x, theirs)
     found = numeric.run(onnx_attrib.compile(proto, **options), {"x": x.numpy()})
     if apart(found["x_attribution"], expected) <= 1e-4:
         return True
-    if apart(oracle(model, x, composite, torch.float32), expected) <= 1e-5:
+    if apart(oracle(model, x, theirs, torch.float32), expected) <= 1e-5:
         return False
     wide = numeric.widened(onnx_attrib.compile(exported(model, x, "legacy-unfolded"), **options))
     with numeric._wide_evaluator():
@@ -249,8 +249,8 @@ def test_rules_and_composites(kind: str, seed: int) -> None:
         if kind == "dense" and "box" in name:
             continue  # zennit has the box for convolutions only, and so have we
         make = composites.COMPOSITES[name.replace("-", "_")]
-        composite = make(**options, canonizers=[SequentialMergeBatchNorm()])
-        if not agrees(proto, model, x, composite, composite=name, **options):
+        theirs = make(**options, canonizers=[SequentialMergeBatchNorm()])
+        if not agrees(proto, model, x, theirs, composite=name, **options):
             wrong.append(name)
     assert not wrong
 
