@@ -109,8 +109,8 @@ class Background:
 class Front:
     """Where the model begins: what no layer with weights precedes.
 
-    ``sources``: the attributed tensors, of several in a row the first; ``nodes``: sorted, those before the first layers;
-    ``names``: the tensors that they compute or read, constants aside.
+    ``sources``: the attributed tensors, of several in a row the first; ``nodes``: sorted, those
+    before the first layers; ``names``: the tensors that they compute or read, constants aside.
     """
 
     sources: list[Tensor]

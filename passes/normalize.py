@@ -49,6 +49,7 @@ def normalize(model: ModelProto) -> Graph:
         _constants_to_initializers(model)
         del model.graph.value_info[:]
         model = _known(model)
+        _correct(outputs, model)
     if lower(model):
         _constants_to_initializers(model)
         model = _known(model)
@@ -246,6 +247,15 @@ def _infer(model: ModelProto) -> ModelProto:
     for have, said in zip(inferred.graph.output, outputs, strict=True):
         _fill_in(have, said, symbols)
     return inferred
+
+
+def _correct(declared: Iterable[onnx.ValueInfoProto], model: ModelProto) -> None:
+    """Declare the outputs' sizes as they are inferred now."""
+    for said, have in zip(declared, model.graph.output, strict=True):
+        pairs = zip(_dims(said) or (), _dims(have) or (), strict=False)
+        for k, (old, new) in enumerate(pairs):
+            if isinstance(old, int) and isinstance(new, int):
+                said.type.tensor_type.shape.dim[k].dim_value = new
 
 
 def _rename(infos: Iterable[onnx.ValueInfoProto], named: Mapping[str, str]) -> None:

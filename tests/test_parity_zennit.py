@@ -284,7 +284,7 @@ def test_rules_by_name(kind: str, seed: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_deep_taylor(kind: str, seed: int) -> None:
     """z⁺ without biases, w² or the box in the first layer: zennit's rules with ``zero_params``."""
-    model, x = drawn(kind, 200 + seed)
+    model, x = drawn(kind, 260 + seed)
     proto = exported(model, x, EXPORTS[seed % len(EXPORTS)])
     for box in (False, True):
         first = rules.ZBox(LOW, HIGH) if box else rules.WSquare(zero_params="bias")

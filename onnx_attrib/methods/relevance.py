@@ -19,7 +19,9 @@ the rules are those of :mod:`onnx_attrib.methods.lrp_rules`.
 - everything else through its definition.
 
 ``epsilon`` is that of the ε rule; every other denominator has 1e-6. In 16 bits it is at least the
-type's own rounding. First layers are those that no layer with weights precedes.
+type's own rounding. First layers are those that no layer with weights precedes in the model,
+whatever is attributed; the input's part of a recurrent operator counts as one. Inside recurrent
+operators and bodies biases are constants of a sum. Patterns match the names of layers with weights.
 
 zennit has the same rules and composites. It differs in what is a module there and in what is not: a
 functional activation, sum or product has the plain gradient; of several first layers only the one
