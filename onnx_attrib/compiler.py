@@ -15,6 +15,7 @@ from onnx_attrib.job import Baseline, Choice, Job, Request, Target, Targets
 from onnx_attrib.methods import METHODS, Method
 from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source, load
+from onnx_attrib.passes.apart import apart
 from onnx_attrib.passes.average import average
 from onnx_attrib.passes.cluster import cluster
 from onnx_attrib.passes.describe import describe
@@ -224,7 +225,7 @@ def _means(method: Method) -> Pass:
 
 Pass = Callable[[Job], None]
 
-PREPARING: tuple[Pass, ...] = (mark, scope, choose_target)
+PREPARING: tuple[Pass, ...] = (mark, scope, apart, choose_target)
 COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, merge, front, substitute, report)
 FINISHING: tuple[Pass, ...] = (unmark, simplify, describe)
 

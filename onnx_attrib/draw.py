@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from onnx import ModelProto
 
-from onnx_attrib.errors import OptionError
-from onnx_attrib.feeds import Array, Port
+from onnx_attrib.errors import CompileError, OptionError, suggest
+from onnx_attrib.feeds import Array, Port, fit
 
 BATCH = 2
 """Samples of a drawn batch, where the model leaves it open."""
@@ -25,8 +26,8 @@ _PASSING = frozenset(
 class Drawer:
     """Draws arrays for ``ports``.
 
-    ``dims``: sizes by the name of an open dimension; ``size`` is that of the others (of the batch:
-    :data:`BATCH`). ``tables``: how many rows the table has that an input picks from. ``positive``:
+    ``dims``: sizes by the name of an open dimension; ``size`` is that of the others (``batch``: of
+    the batch). ``tables``: how many rows the table has that an input picks from. ``positive``:
     floats between 0.1 and 0.9, for models of logarithms and roots, not normal ones.
     """
 
@@ -35,6 +36,7 @@ class Drawer:
     tables: Mapping[str, int]
     size: int = SIZES[0]
     positive: bool = False
+    batch: int = BATCH
 
     def __call__(self, rng: np.random.Generator) -> dict[str, Array]:
         """One batch."""
@@ -75,7 +77,7 @@ class Drawer:
             dim
             if isinstance(dim, int)
             else self.dims.get(
-                dim or "", BATCH if axis == 0 or (dim and dim in batch) else self.size
+                dim or "", self.batch if axis == 0 or (dim and dim in batch) else self.size
             )
             for axis, dim in enumerate(port.shape)
         )
@@ -87,6 +89,73 @@ class Drawer:
 
     def _shapes(self) -> list[tuple[int, ...]]:
         return [self._shape(port) for port in self.ports]
+
+
+def fill(
+    ports: Sequence[Port],
+    given: Mapping[str, npt.ArrayLike],
+    drawer: Drawer,
+    rng: np.random.Generator,
+) -> dict[str, Array]:
+    """The given inputs, and random ones beside them."""
+    drawn = drawer(rng)
+    return {
+        port.name: fit(port, given[port.name]) if port.name in given else drawn[port.name]
+        for port in ports
+    }
+
+
+def drawer_for(
+    model: ModelProto,
+    inputs: Sequence[Port],
+    given: Mapping[str, npt.ArrayLike],
+    sizes: Mapping[str, int],
+    evaluate: Callable[[dict[str, Array]], Array],
+    batch: int = BATCH,
+) -> Drawer:
+    """What draws inputs that the model runs on, with finite results.
+
+    ``sizes``: of open dimensions by name; ``evaluate``: the output for a batch. OptionError if
+    nothing that is tried fits, or names are unknown.
+    """
+    names = [port.name for port in inputs]
+    for name in given:
+        if name not in names:
+            raise OptionError(f"the model has no input '{name}': {suggest(name, names)}")
+    symbols = {d for port in inputs for d in port.shape if isinstance(d, str)}
+    for name in sizes:
+        if name not in symbols:
+            raise OptionError(
+                f"the model has no open dimension '{name}': {suggest(name, sorted(symbols))}"
+            )
+    dims = dict(sizes)
+    for port in inputs:
+        if port.name in given:
+            shape = np.shape(given[port.name])
+            if len(shape) == len(port.shape):
+                pairs = zip(port.shape, shape, strict=True)
+                dims.update({d: size for d, size in pairs if isinstance(d, str)})
+    ports = [port for port in inputs if port.name not in given]
+    tables, problem = table_sizes(model), ""
+    for size in SIZES:
+        for positive in (False, True):
+            drawer = Drawer(ports, dims, tables, size, positive, batch)
+            try:
+                y = evaluate(fill(inputs, given, drawer, np.random.default_rng(0)))
+            except CompileError as error:
+                if isinstance(error, OptionError):
+                    raise
+                problem = problem or str(error)
+                break
+            if np.isfinite(y).all():
+                return drawer
+            problem = "the model's own output is not finite there"
+        if not drawer.open:
+            break
+    raise OptionError(
+        f"{'random' if ports else 'the given'} inputs do not fit the model: {problem}; give "
+        "sizes with --dim or arrays with --input"
+    )
 
 
 def table_sizes(model: ModelProto) -> dict[str, int]:
@@ -105,4 +174,4 @@ def table_sizes(model: ModelProto) -> dict[str, int]:
     return sizes
 
 
-__all__ = ["BATCH", "SIZES", "Drawer", "table_sizes"]
+__all__ = ["BATCH", "SIZES", "Drawer", "drawer_for", "fill", "table_sizes"]

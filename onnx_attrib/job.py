@@ -152,6 +152,8 @@ class Job:
     """For each seed so far, the attribution of each attributed tensor by name."""
     met: dict[str, dict[str, None]] = field(default_factory=dict)
     """Operators that the sweeps met, by what treatments called them."""
+    apart: bool = False
+    """Whether the samples of a batch are known to be independent of each other."""
     shown: list[dict[str, Tensor]] = field(default_factory=list)
     """The same, reduced and normalized as asked for."""
 

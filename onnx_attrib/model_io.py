@@ -46,7 +46,7 @@ def load(source: Source) -> tuple[ModelProto, str]:
     model = _parse(data, f"'{path}'")
     digest = hashlib.sha256(data)
     del data
-    beside = sorted(_external_files(model))
+    beside = sorted(external_files(model))
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
         for name in beside:
@@ -56,7 +56,7 @@ def load(source: Source) -> tuple[ModelProto, str]:
     return model, digest.hexdigest()
 
 
-def _external_files(message: Message) -> set[str]:
+def external_files(message: Message) -> set[str]:
     """The files, relative to the model's, that hold tensors of a model or of a part of it."""
     if isinstance(message, TensorProto):
         outside = message.data_location == TensorProto.EXTERNAL
@@ -65,7 +65,7 @@ def _external_files(message: Message) -> set[str]:
     for descriptor, value in message.ListFields():
         if descriptor.message_type is not None:
             for part in [value] if isinstance(value, Message) else value:
-                found |= _external_files(part)
+                found |= external_files(part)
     return found
 
 

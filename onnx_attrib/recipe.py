@@ -22,7 +22,8 @@ class Recipe:
     tuple; ``targets``: how many of the largest classes, or which ones, if several are explained
     (else None); ``baseline``: ``"zeros"``, ``"input"``, a number, ``"array"``, or None for methods
     without a reference; ``reduce`` and ``normalize``: what was made of the attributions;
-    ``source_sha256``: of the model it was compiled from. ``methods``: the options of each method.
+    ``source_sha256``: of the model it was compiled from; ``apart``: whether the samples of a batch
+    are independent of each other. ``methods``: the options of each method.
     """
 
     methods: Mapping[str, Mapping[str, Any]]
@@ -36,6 +37,7 @@ class Recipe:
     targets: int | tuple[int, ...] | None
     reduce: Mapping[str | int, str]
     normalize: bool
+    apart: bool = False
 
     @property
     def method(self) -> str:
@@ -85,6 +87,7 @@ class Recipe:
                 targets=tuple(targets) if isinstance(targets, list) else targets,
                 reduce={int(k) if k.isdecimal() else k: how for k, how in reduce.items()},
                 normalize=json.loads(found.get("normalize", "false")),
+                apart=json.loads(found.get("apart", "false")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"the model's onnx_attrib metadata is damaged: {error}") from None

@@ -54,14 +54,30 @@ def providers_for(ort: ModuleType, wanted: Sequence[Provider] | None) -> list[An
     return list(wanted)
 
 
+def session_options(ort: ModuleType, threads: int | None = None) -> Any:
+    """Options of a session that says errors only; ``threads``: how many an operator may use."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise OptionError(f"threads must be a whole number from 1, not {threads!r}")
+        options.intra_op_num_threads = threads
+    return options
+
+
 def open_session(
-    ort: ModuleType, model: Source, providers: list[Any], name: str, *, optimized: bool = True
+    ort: ModuleType,
+    model: Source,
+    providers: list[Any],
+    name: str,
+    *,
+    optimized: bool = True,
+    options: Any = None,
 ) -> Any:
     """A session; ``name`` is how messages call the model."""
-    options = ort.SessionOptions()
+    options = session_options(ort) if options is None else options
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = _ERRORS_ONLY
     if isinstance(model, str | os.PathLike):
         try:
             with open(model, "rb"):
@@ -78,7 +94,9 @@ def open_session(
         with tempfile.TemporaryDirectory(prefix="onnx-attrib-") as folder:
             path = os.path.join(folder, "model.onnx")
             save(model, path)
-            return open_session(ort, path, providers, name, optimized=optimized)
+            return open_session(
+                ort, path, providers, name, optimized=optimized, options=options
+            )
     try:
         return ort.InferenceSession(source, sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
@@ -115,11 +133,12 @@ def run_session(
     arguments = [*session.get_inputs(), *session.get_outputs()]
     if not any(argument.type == _SIXTEEN for argument in arguments):
         return list(session.run(list(outputs), dict(feeds), options))
-    held = {name: _ort_value(np.asarray(value)) for name, value in feeds.items()}
-    return [_array(y) for y in session.run_with_ort_values(list(outputs), held, options)]
+    held = {name: ort_value(np.asarray(value)) for name, value in feeds.items()}
+    return [array_of(y) for y in session.run_with_ort_values(list(outputs), held, options)]
 
 
-def _ort_value(array: np.ndarray) -> Any:
+def ort_value(array: np.ndarray) -> Any:
+    """An array as an OrtValue on the host, which shares its memory."""
     values = onnxruntime().OrtValue
     if array.dtype != _bfloat16():
         return values.ortvalue_from_numpy(array)
@@ -127,10 +146,15 @@ def _ort_value(array: np.ndarray) -> Any:
     return values.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), code)
 
 
-def _array(value: Any) -> Any:
+def array_of(value: Any) -> Any:
+    """An OrtValue's contents on the host."""
     if value.data_type() != _SIXTEEN:
         return value.numpy()
     shape = tuple(value.shape())
+    if value.device_name() != "cpu":
+        there, kinds = value, onnxruntime().OrtValue
+        value = kinds.ortvalue_from_shape_and_type(list(shape), onnx.TensorProto.BFLOAT16)
+        value.update_inplace(there)
     memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
     return np.array(memory, np.uint16).view(_bfloat16()).reshape(shape)
 
@@ -138,7 +162,12 @@ def _array(value: Any) -> Any:
 def port_of(argument: Any) -> Port:
     kind = str(argument.type)
     shape = argument.shape or ()
-    return Port(str(argument.name), _DTYPES.get(kind), tuple(shape))
+    return Port(str(argument.name), dtype_named(kind), tuple(shape))
+
+
+def dtype_named(kind: str) -> np.dtype[Any] | None:
+    """The dtype that ONNX Runtime calls ``tensor(float)``; None if numpy has none."""
+    return _DTYPES.get(kind)
 
 
 _SIXTEEN = "tensor(bfloat16)"

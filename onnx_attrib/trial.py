@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from onnx_attrib.draw import SIZES, Drawer, table_sizes
-from onnx_attrib.errors import CompileError, OptionError, suggest
-from onnx_attrib.feeds import Array, fit
+from onnx_attrib.draw import Drawer, drawer_for, fill
+from onnx_attrib.errors import OptionError
+from onnx_attrib.feeds import Array
 from onnx_attrib.forward import Forward, attributed, computed_from
 from onnx_attrib.measure import columns, one_hot
 from onnx_attrib.runtime import Explainer, Explanation, classes_of
@@ -78,53 +78,17 @@ class Trial:
 
     def drawer(self, given: Mapping[str, npt.ArrayLike], dims: dict[str, int]) -> Drawer:
         """What draws inputs that the model runs on, with finite results."""
-        names = [port.name for port in self.explain.inputs]
-        for name in given:
-            if name not in names:
-                raise OptionError(f"the model has no input '{name}': {suggest(name, names)}")
-        symbols = {d for port in self.explain.inputs for d in port.shape if isinstance(d, str)}
-        for name in dims:
-            if name not in symbols:
-                raise OptionError(
-                    f"the model has no open dimension '{name}': {suggest(name, sorted(symbols))}"
-                )
-        for port in self.explain.inputs:
-            if port.name in given:
-                shape = np.shape(given[port.name])
-                if len(shape) == len(port.shape):
-                    pairs = zip(port.shape, shape, strict=True)
-                    dims.update({d: size for d, size in pairs if isinstance(d, str)})
-        ports = [port for port in self.explain.inputs if port.name not in given]
-        tables, problem = table_sizes(self.model), ""
-        for size in SIZES:
-            for positive in (False, True):
-                drawer = Drawer(ports, dims, tables, size, positive)
-                try:
-                    *_, y = self._values(self.feeds(given, drawer, np.random.default_rng(0)))
-                except CompileError as error:
-                    if isinstance(error, OptionError):
-                        raise
-                    problem = problem or str(error)
-                    break
-                if np.isfinite(y).all():
-                    return drawer
-                problem = "the model's own output is not finite there"
-            if not drawer.open:
-                break
-        raise OptionError(
-            f"{'random' if ports else 'the given'} inputs do not fit the model: {problem}; give "
-            "sizes with --dim or arrays with --input"
-        )
+        return drawer_for(self.model, self.explain.inputs, given, dims, self._output)
+
+    def _output(self, feeds: Mapping[str, Array]) -> Array:
+        *_, y = self._values(feeds)
+        return y
 
     def feeds(
         self, given: Mapping[str, npt.ArrayLike], drawer: Drawer, rng: np.random.Generator
     ) -> dict[str, Array]:
         """The given inputs, and random ones beside them."""
-        drawn = drawer(rng)
-        return {
-            port.name: fit(port, given[port.name]) if port.name in given else drawn[port.name]
-            for port in self.explain.inputs
-        }
+        return fill(self.explain.inputs, given, drawer, rng)
 
     def point(self, feeds: dict[str, Array], drawer: Drawer, rng: np.random.Generator) -> Point:
         """Run the compiled model on one batch."""
