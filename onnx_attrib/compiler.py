@@ -26,6 +26,7 @@ from onnx_attrib.passes.localize import localize
 from onnx_attrib.passes.merge import merge
 from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.passes.perturb import perturb
+from onnx_attrib.passes.place import place
 from onnx_attrib.passes.postprocess import postprocess
 from onnx_attrib.passes.quantized import mark, unmark
 from onnx_attrib.passes.recognize import recognize
@@ -227,7 +228,7 @@ Pass = Callable[[Job], None]
 
 PREPARING: tuple[Pass, ...] = (mark, scope, apart, choose_target)
 COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, merge, front, substitute, report)
-FINISHING: tuple[Pass, ...] = (unmark, simplify, describe)
+FINISHING: tuple[Pass, ...] = (unmark, place, simplify, describe)
 
 
 def _checked_target(target: Any) -> Target:

@@ -47,30 +47,28 @@ class Resident:
         return found
 
 
-def resident(value: Any, name: str) -> Resident | None:
-    """``value`` if it is an OrtValue, or a DLPack object that numpy cannot read; else None.
+def taken(value: Any, name: str) -> Any:
+    """A :class:`Resident` for an OrtValue and for a DLPack object that numpy cannot read.
 
-    Raises OptionError, which calls it ``name``, where ONNX Runtime cannot take it.
+    Other DLPack objects, on the host, become arrays; anything else stays as it is.
+    Raises OptionError, which calls the value ``name``, where ONNX Runtime cannot take it.
     """
     kinds = onnxruntime().OrtValue
-    if isinstance(value, Resident):
+    if isinstance(value, np.ndarray | np.generic | Resident):
         return value
-    if isinstance(value, kinds):
-        return _held(value, value)
-    if isinstance(value, np.ndarray | np.generic) or not hasattr(value, "__dlpack_device__"):
-        return None
-    if not hasattr(kinds, "from_dlpack"):
-        raise OptionError(
-            f"{name}: this ONNX Runtime reads no DLPack tensors; give an OrtValue, or upgrade it"
-        )
     try:
+        if isinstance(value, kinds):
+            return _held(value, value)
+        if not hasattr(value, "__dlpack_device__"):
+            return value
         place = int(value.__dlpack_device__()[0])
-        if place == _HOST and "bfloat16" not in str(value.dtype):
-            return None
-        taken = value if place == _HOST else _Ordered(value)
-        return _held(kinds.from_dlpack(taken), value)
+        if place == _HOST and "bfloat16" not in str(getattr(value, "dtype", "")):
+            return value if hasattr(value, "__array__") else np.from_dlpack(value)
+        if not hasattr(kinds, "from_dlpack"):
+            raise TypeError("this ONNX Runtime reads no DLPack tensors; upgrade it")
+        return _held(kinds.from_dlpack(value if place == _HOST else _Ordered(value)), value)
     except Exception as error:  # each framework has its own
-        raise OptionError(f"{name} cannot be taken through DLPack: {line(error)}") from None
+        raise OptionError(f"{name} cannot be read where it is: {line(error)}") from None
 
 
 class _Ordered:
@@ -78,7 +76,7 @@ class _Ordered:
 
     def __init__(self, value: Any) -> None:
         self._value = value
-        self.dtype = value.dtype
+        self.dtype = getattr(value, "dtype", None)
 
     def __dlpack__(self) -> Any:
         return self._value.__dlpack__(stream=_DEFAULT_STREAM)
@@ -93,9 +91,9 @@ def fitted(port: Port, value: Any) -> Array | Resident:
 
     Raises OptionError for a resident of another type or shape: only arrays are cast and completed.
     """
-    held = resident(value, port.name)
-    if held is None:
-        return fit(port, value)
+    held = taken(value, port.name)
+    if not isinstance(held, Resident):
+        return fit(port, held)
     if held.dtype != port.dtype or not shape_fits(held.shape, port.shape):
         raise OptionError(
             f"{port.name} is {held.dtype} {list(held.shape)}; the model takes {port.dtype} "
@@ -190,6 +188,6 @@ __all__ = [
     "device_of",
     "fitted",
     "on_host",
-    "resident",
     "run_bound",
+    "taken",
 ]

@@ -544,6 +544,11 @@ class Graph:
         if _captures(node):
             self._copy_extras(node, node, renamed)
 
+    def reseal(self, node: Node, proto: NodeProto) -> None:
+        """Give ``node`` the subgraphs of ``proto``, which may read other outer tensors."""
+        node.kept = proto
+        node.captures = [self._tensor(name) for name in captures_of(proto)]
+
     def give_output(self, node: Node, index: int, tensor: Tensor) -> None:
         """Make ``tensor`` the output ``index`` of ``node``, which has none there yet."""
         outputs = list(node.outputs)

@@ -83,6 +83,8 @@ class Cluster:
     stand_in: Node | None = None
     operands: list[Tensor] = field(default_factory=list)
     """What the operator reads besides the root: merged weights."""
+    late: tuple[Tensor | None, Tensor | None] = (None, None)
+    """A factor and a term of the operator's that the model has only behind ``output``."""
     piecewise: bool = False
     """Whether the nonlinearity is piecewise linear."""
     rectifier: float = 0.0
@@ -110,12 +112,14 @@ class Front:
     """Where the model begins: what no layer with weights precedes.
 
     ``sources``: the attributed tensors, of several in a row the first; ``nodes``: sorted, those
-    before the first layers; ``names``: the tensors that they compute or read, constants aside.
+    before the first layers; ``names``: the tensors that they compute or read, constants aside;
+    ``scaled``: those among them that are an input, with its entries moved, scaled or shifted.
     """
 
     sources: list[Tensor]
     nodes: list[Node]
     names: set[str]
+    scaled: set[str]
 
 
 @dataclass

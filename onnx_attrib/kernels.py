@@ -1,20 +1,21 @@
 """Where ONNX Runtime runs an operator: the kernels that a release registers, as data.
 
 ``data/kernels-<version>.json`` holds ``{"onnxruntime": version, "sets": [[type, …], …],
-"kernels": {domain: {operator: {provider: [[first, last, {parameter: set}], …]}}}}``: for the
-providers CUDA and CPU the opset versions of each registration (last null: open) and, for each of
-its type parameters, the index of the set of types that it takes. :func:`compact` makes it from the
-list of ONNX Runtime's own registrations.
+"kernels": {domain: {operator: {provider: [[first, last, {parameter: set}], …]}}}, "host":
+{"inputs": {operator: [index, …]}, "outputs": …}}``: for the providers CUDA and CPU the opset
+versions of each registration (last null: open) and, for each of its type parameters, the index of
+the set of types that it takes; and what the CUDA kernels of ONNX's operators read and write in the
+host's memory. :func:`compact` makes it from the list of ONNX Runtime's own registrations.
 
-The table knows operators, versions and types. A kernel may still decline a node for its attributes
-(a GRU with linear_before_reset=0 on CUDA), which the registrations do not say.
+The table knows operators, versions and types. What the CUDA provider declines for its attributes (a
+GRU with linear_before_reset=0), which the registrations do not say, is :func:`declined`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from itertools import combinations
@@ -51,6 +52,62 @@ def placement(op: str, domain: str, opset: int, dtypes: Mapping[str, Any] | None
         if any(_matches(kernel, version, given) for kernel in kernels.get(provider, ())):
             return "cuda" if place == "cuda" else "cpu"
     return "none"
+
+
+def declined(
+    op: str, domain: str, attribute: Callable[[str], Any], given: Sequence[bool]
+) -> str | None:
+    """Why the CUDA provider leaves a node to the CPU although it has a kernel, or None.
+
+    ``attribute``: an attribute's value by name, with its default. ``given``: which inputs are.
+    """
+    if domain:
+        return None
+    if op in _ACTIVATIONS:
+        return _declined_recurrence(op, attribute, given)
+    if op == "ConvTranspose":
+        pads = list(attribute("pads") or ())
+        if _spelled(attribute("auto_pad")).startswith("same"):
+            return "auto_pad SAME"
+        return "uneven pads" if pads[: len(pads) // 2] != pads[len(pads) // 2 :] else None
+    if op in ("ArgMax", "ArgMin") and attribute("select_last_index"):
+        return "select_last_index"
+    if op == "Cast" and attribute("to") == onnx.TensorProto.STRING:
+        return "text"
+    return None
+
+
+_ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
+
+
+def _declined_recurrence(
+    op: str, attribute: Callable[[str], Any], given: Sequence[bool]
+) -> str | None:
+    for name in ("activation_alpha", "activation_beta", "clip"):
+        if attribute(name) is not None:
+            return name
+    names = [_spelled(name) for name in attribute("activations") or ()]
+    if names != list(_ACTIVATIONS[op] * 2)[: len(names)]:
+        return f"activations {', '.join(names)}"
+    if op == "LSTM" and (attribute("input_forget") or given[7:8] == [True]):
+        return "input_forget" if attribute("input_forget") else "peepholes"
+    if op == "GRU" and not attribute("linear_before_reset"):
+        return "linear_before_reset=0"
+    return None
+
+
+def _spelled(value: Any) -> str:
+    return (value.decode() if isinstance(value, bytes) else str(value)).lower()
+
+
+def host_inputs(op: str, domain: str = "") -> frozenset[int]:
+    """The inputs that an operator's CUDA kernel reads in the host's memory: sizes, axes, counts."""
+    return frozenset(() if domain else table()["host"]["inputs"].get(op, ()))
+
+
+def host_outputs(op: str, domain: str = "") -> frozenset[int]:
+    """The outputs that an operator's CUDA kernel writes in the host's memory."""
+    return frozenset(() if domain else table()["host"]["outputs"].get(op, ()))
 
 
 def since_version(op: str, domain: str, opset: int) -> int | None:
@@ -122,8 +179,12 @@ def _short(name: str) -> str:
 # -- making the table ------------------------------------------------------------------------------
 
 
-def compact(registrations: Iterable[Mapping[str, Any]], version: str) -> dict[str, Any]:
-    """The table from ONNX Runtime's registrations.
+def compact(
+    registrations: Iterable[Mapping[str, Any]],
+    version: str,
+    host: Mapping[str, Mapping[str, Sequence[int]]],
+) -> dict[str, Any]:
+    """The table from ONNX Runtime's registrations, and what its kernels keep in host memory.
 
     Each is ``{"domain", "op", "prov", "ver": [first, last], "tc": {parameter: [type, …]}}``, as
     onnxruntime-gpu's ``get_all_opkernel_def()`` lists them. Those of an operator's version that
@@ -147,7 +208,8 @@ def compact(registrations: Iterable[Mapping[str, Any]], version: str) -> dict[st
                     for name, held in sorted(types.items())
                 }
                 rows.append([first, None if last == OPEN else last, indices])
-    return {"onnxruntime": version, "sets": [list(held) for held in sets], "kernels": kernels}
+    held = [list(types) for types in sets]
+    return {"onnxruntime": version, "sets": held, "kernels": kernels, "host": host}
 
 
 def _merged(entries: list[dict[str, set[str]]]) -> list[dict[str, set[str]]]:
@@ -165,4 +227,14 @@ def _merged(entries: list[dict[str, set[str]]]) -> list[dict[str, set[str]]]:
             return entries
 
 
-__all__ = ["VERSION", "bound", "compact", "placement", "since_version", "table"]
+__all__ = [
+    "VERSION",
+    "bound",
+    "compact",
+    "declined",
+    "host_inputs",
+    "host_outputs",
+    "placement",
+    "since_version",
+    "table",
+]

@@ -1,7 +1,8 @@
 """Run a compiled model in ONNX Runtime and read its explanation.
 
 A compiled model is plain ONNX and needs none of this; :class:`Explainer` adds what is tedious by
-hand: dtypes and batch axes, targets checked against the classes, outputs told from attributions.
+hand: dtypes and batch axes, targets checked against the classes, outputs told from attributions,
+batches larger than memory, sessions that are shared, tensors that stay on their device.
 """
 
 from __future__ import annotations
@@ -9,27 +10,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto
 
-from onnx_attrib.errors import CompileError, OptionError, suggest
-from onnx_attrib.feeds import Array, Port, check_range, fit, integers, line
+from onnx_attrib.capture import check_capturable, with_capture
+from onnx_attrib.device import Captured, Resident, fitted, on_host, taken
+from onnx_attrib.errors import OptionError, suggest
+from onnx_attrib.feeds import Array, Port, check_range, fit, integers
 from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source
-from onnx_attrib.session import (
-    Provider,
-    onnxruntime,
-    open_session,
-    port_of,
-    providers_for,
-    recipe_of,
-    run_session,
-)
+from onnx_attrib.runner import Feeds, Runner, opened
+from onnx_attrib.session import Provider, onnxruntime, port_of, providers_for, recipe_of
 
-Arrays = Mapping[str, npt.ArrayLike]
+Given = Any
+"""An array or what numpy makes one of, an OrtValue, or an object with ``__dlpack__``."""
+Outputs = Literal["numpy", "ortvalue"]
 
 
 @dataclass(frozen=True)
@@ -45,19 +42,20 @@ class Explanation:
     for outputs with one value a sample. ``score``: S, [N]. Prediction, score and a target chosen
     by the model are None where the explained tensor is not among the model's outputs. Where a
     model explains k targets at once, target, score and deltas are [N, k], and attributions have an
-    axis of k after the batch's.
+    axis of k after the batch's. Of a call with ``outputs="ortvalue"`` attributions, outputs and
+    deltas are OrtValues, and prediction, target and score are None.
     """
 
-    attributions: dict[str, Array]
-    outputs: dict[str, Array]
-    delta: Array | None = None
+    attributions: dict[str, Any]
+    outputs: dict[str, Any]
+    delta: Any = None
     prediction: Array | None = None
     target: Array | None = None
     score: Array | None = None
-    inputs: dict[str, Array] = field(default_factory=dict, repr=False)
-    """What was fed, in the model's dtypes and shapes."""
-    by_method: dict[str, dict[str, Array]] = field(default_factory=dict)
-    delta_by_method: dict[str, Array] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What was fed, in the model's dtypes and shapes; what is on a device as it was given."""
+    by_method: dict[str, dict[str, Any]] = field(default_factory=dict)
+    delta_by_method: dict[str, Any] = field(default_factory=dict)
 
 
 class Explainer:
@@ -69,30 +67,53 @@ class Explainer:
 
     ``methods``, ``options``, ``output``, ``target``, ``targets`` and ``baseline`` say how it was
     compiled (``recipe`` has it all), ``attributed`` what is attributed, ``inputs`` and ``outputs``
-    are the model's own. Calls from several threads are safe.
+    are the model's own. Calls from several threads are safe. Explainers of one unchanged file with
+    the same settings share a session while one of them lives.
     """
 
-    def __init__(self, model: Source, providers: Sequence[Provider] | None = None) -> None:
+    def __init__(
+        self,
+        model: Source,
+        providers: Sequence[Provider] | None = None,
+        *,
+        threads: int | None = None,
+        session_options: Any = None,
+        cuda_graph: bool = False,
+        max_batch: int | None = None,
+    ) -> None:
         """Load a model that :func:`onnx_attrib.compile` made.
 
         Args:
             model: a path (also of a model with weights beside it), the bytes of a file, or a
                 ModelProto.
-            providers: ONNX Runtime's execution providers, by falling priority. Default: CUDA if
-                this ONNX Runtime has it, else CPU.
+            providers: ONNX Runtime's execution providers, by falling priority, each a name or a
+                name with options: ``("CUDAExecutionProvider", {"device_id": 1})``. Default: CUDA
+                if this ONNX Runtime has it, else CPU.
+            threads: how many threads an operator may use on the CPU. Default: ONNX Runtime's.
+            session_options: an ``onnxruntime.SessionOptions`` to use as it is.
+            cuda_graph: record the run as a CUDA graph and replay it: for models of fixed shapes
+                without control flow. Calls then wait for each other.
+            max_batch: run larger batches in parts of this size. A batch that memory does not
+                suffice for is halved until it does, if the compiler found that samples do not
+                depend on each other (as it does for nearly all models) or ``max_batch`` is given.
 
         Raises:
             ModelError: the file is missing, damaged, or not compiled by onnx-attrib.
-            OptionError: a provider that this ONNX Runtime does not have.
+            OptionError: a provider that this ONNX Runtime does not have, settings that exclude
+                each other, a model that a CUDA graph cannot hold.
             RuntimeMissingError: ONNX Runtime is not installed.
         """
         ort = onnxruntime()
+        if max_batch is not None and (isinstance(max_batch, bool) or max_batch < 1):
+            raise OptionError(f"max_batch must be a whole number from 1, not {max_batch!r}")
         chosen = providers_for(ort, providers)
+        if cuda_graph:
+            chosen = with_capture(chosen)
         name = f"'{model}'" if isinstance(model, str | os.PathLike) else "the model"
         if isinstance(model, ModelProto):
             # Before the time that a session takes.
             recipe_of({prop.key: prop.value for prop in model.metadata_props}, name)
-        self._session = open_session(ort, model, chosen, name)
+        self._session = opened(ort, model, chosen, name, threads, session_options, cuda_graph)
         self.recipe = recipe_of(self._session.get_modelmeta().custom_metadata_map, name)
         ports = [port_of(argument) for argument in self._session.get_inputs()]
         names = {port.name for port in ports}
@@ -114,7 +135,23 @@ class Explainer:
         results = [port_of(argument) for argument in self._session.get_outputs()]
         self.outputs = [port for port in results if port.name not in added]
         """The source model's outputs."""
-        self._results = [port.name for port in results]
+        self._runner = Runner(
+            self._session,
+            [*self.inputs, *([self._chooser] if self._chooser else [])],
+            results,
+            batch=self._batch_symbol(),
+            baselines={} if self.background else self._baselines,
+            limit=max_batch,
+            halves=max_batch is not None or self.recipe.apart,
+        )
+        if cuda_graph:
+            check_capturable(model, [*ports, *results])
+            self._runner.captured = Captured(self._session, ports, results)
+
+    def _batch_symbol(self) -> str | None:
+        """What the batch axis is called in shapes; None where its size is fixed."""
+        shape = self.recipe.output_shape if self._chooser is None else self._chooser.shape
+        return str(shape[0]) if shape and isinstance(shape[0], str) else None
 
     def _has_classes(self) -> bool:
         shape = self.recipe.output_shape
@@ -202,25 +239,30 @@ class Explainer:
 
     def __call__(
         self,
-        inputs: npt.ArrayLike | Arrays | None = None,
+        inputs: Given = None,
         /,
         *,
-        target: npt.ArrayLike | None = None,
-        baseline: npt.ArrayLike | Arrays | None = None,
-        seed: npt.ArrayLike | None = None,
-        **named: npt.ArrayLike,
+        target: Given = None,
+        baseline: Given = None,
+        seed: Given = None,
+        outputs: Outputs = "numpy",
+        **named: Given,
     ) -> Explanation:
         """Explain a batch.
 
         Args:
             inputs: the array of a model with one input, or arrays by input name. Numbers are
-                cast to the input's dtype; one sample without a batch axis gets one.
+                cast to the input's dtype; one sample without a batch axis gets one. An OrtValue,
+                or a DLPack object on a device, is read there without a copy, and must be of the
+                input's dtype and shape; the same holds for target, baseline and seed.
             target: a class for all samples or one for each, [N]; −1 is the predicted class,
                 which is also the default. For an output of rank r > 2 a tuple of r−1 indices,
                 or [N, r−1].
             baseline: for models compiled with ``baseline="input"``: a number, an array (batch 1
                 or N; for a background any number of samples) or arrays by input name.
             seed: for models compiled with ``target="seed"``: of the output's shape.
+            outputs: ``"numpy"``, or ``"ortvalue"`` to leave the results on the session's device:
+                OrtValues, which are DLPack objects (``torch.from_dlpack(value)``).
             **named: arrays by input name.
 
         Returns:
@@ -231,13 +273,17 @@ class Explainer:
                 target that the output does not have.
             CompileError: ONNX Runtime failed.
         """
+        if outputs not in ("numpy", "ortvalue"):
+            raise OptionError(f"outputs '{outputs}' is neither numpy nor ortvalue")
         feeds = self._feeds(inputs, named)
         batch = self._batch(feeds)
-        fed = dict(feeds)
+        fed = {k: v.owner if isinstance(v, Resident) else v for k, v in feeds.items()}
         self._add_target(feeds, target, batch)
         self._add_baselines(feeds, baseline, batch)
         self._add_seed(feeds, seed, batch)
-        values = dict(zip(self._results, self._run(feeds), strict=True))
+        whole = outputs == "ortvalue"
+        found = self._runner.on_device(feeds) if whole else self._runner.on_host(feeds)
+        values = dict(zip(self._runner.names, found, strict=True))
         by_method = {
             method: {
                 name: values[self.recipe.attribution(name, method)] for name in self.attributed
@@ -251,32 +297,24 @@ class Explainer:
         }
         first = self.methods[0]
         attributions = by_method[first]
-        outputs = {port.name: values[port.name] for port in self.outputs}
-        chosen = feeds.get("target") if self.takes_target else None
-        if chosen is not None:
-            self._check_after(chosen, outputs, attributions)
-        prediction, explained, score = self._reading(outputs, chosen, feeds.get("seed"))
+        own = {port.name: values[port.name] for port in self.outputs}
+        reading: tuple[Array | None, Array | None, Array | None] = (None, None, None)
+        if not whole:
+            chosen = on_host(feeds.get("target")) if self.takes_target else None
+            if chosen is not None:
+                self._check_after(chosen, own, attributions)
+            reading = self._reading(own, chosen, on_host(feeds.get("seed")))
         return Explanation(
-            attributions=attributions,
-            outputs=outputs,
-            delta=deltas.get(first),
-            prediction=prediction,
-            target=explained,
-            score=score,
+            attributions,
+            own,
+            deltas.get(first),
+            *reading,
             inputs=fed,
             by_method=by_method,
             delta_by_method=deltas,
         )
 
-    def _run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        try:
-            return run_session(self._session, self._results, feeds)
-        except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise CompileError(f"ONNX Runtime failed to run the model: {line(error)}") from None
-
-    def _feeds(
-        self, inputs: npt.ArrayLike | Arrays | None, named: Mapping[str, npt.ArrayLike]
-    ) -> dict[str, Array]:
+    def _feeds(self, inputs: Given, named: Mapping[str, Given]) -> Feeds:
         given: dict[str, Any] = dict(named)
         names = [port.name for port in self.inputs]
         if isinstance(inputs, Mapping):
@@ -297,9 +335,9 @@ class Explainer:
         missing = [str(port) for port in self.inputs if port.name not in given]
         if missing:
             raise OptionError(f"missing input: {'; '.join(missing)}")
-        return {port.name: fit(port, given[port.name]) for port in self.inputs}
+        return {port.name: fitted(port, given[port.name]) for port in self.inputs}
 
-    def _batch(self, feeds: Mapping[str, Array]) -> int | None:
+    def _batch(self, feeds: Feeds) -> int | None:
         """N, read off an input that shares the batch axis of what is chosen per sample."""
         wanted = self._chooser.shape[0] if self._chooser and self._chooser.shape else None
         if isinstance(wanted, int):
@@ -317,9 +355,7 @@ class Explainer:
 
     # -- target, baseline, seed ----------------------------------------------------------------
 
-    def _add_target(
-        self, feeds: dict[str, Array], target: npt.ArrayLike | None, batch: int | None
-    ) -> None:
+    def _add_target(self, feeds: Feeds, target: Given, batch: int | None) -> None:
         if not self.takes_target:
             if target is not None:
                 self._refuse_target(target)
@@ -333,6 +369,10 @@ class Explainer:
                     f"as a tuple of {columns} indices (−1 first is the predicted class)"
                 )
             target = -1
+        target = taken(target, "target")
+        if isinstance(target, Resident):
+            feeds["target"] = fitted(self._chooser, target)
+            return
         indices = integers(target, "target")
         if batch is None:
             batch = indices.shape[0] if indices.ndim else 1
@@ -343,7 +383,7 @@ class Explainer:
         try:
             if not fits:
                 raise ValueError
-            feeds["target"] = np.ascontiguousarray(np.broadcast_to(indices, wanted))
+            whole = np.ascontiguousarray(np.broadcast_to(indices, wanted))
         except ValueError:
             raise OptionError(
                 f"target has shape {list(indices.shape)}; it must be "
@@ -353,11 +393,11 @@ class Explainer:
                     else f"{columns} indices, or {columns} for each of the {batch} samples"
                 )
             ) from None
-        shape = self.recipe.output_shape
-        if shape is not None:
-            check_range(feeds["target"], shape, self.output)
+        feeds["target"] = whole
+        if self.recipe.output_shape is not None:
+            check_range(whole, self.recipe.output_shape, self.output)
 
-    def _refuse_target(self, target: npt.ArrayLike) -> None:
+    def _refuse_target(self, target: Given) -> None:
         fixed = self.recipe.target
         if self.recipe.targets is not None:
             raise OptionError(
@@ -393,8 +433,8 @@ class Explainer:
 
     def _add_baselines(
         self,
-        feeds: dict[str, Array],
-        baseline: npt.ArrayLike | Arrays | None,
+        feeds: Feeds,
+        baseline: Given,
         batch: int | None,
     ) -> None:
         if not self._baselines:
@@ -421,7 +461,8 @@ class Explainer:
             if missing:
                 raise OptionError(f"missing baseline: {', '.join(missing)}")
         else:
-            array = np.asarray(baseline)
+            one = taken(baseline, "baseline")
+            array = one if isinstance(one, Resident) else np.asarray(one)
             if array.ndim and len(names) > 1:
                 raise OptionError(
                     f"the model takes {len(names)} baselines ({', '.join(names)}): give a number "
@@ -429,7 +470,11 @@ class Explainer:
                 )
             given = dict.fromkeys(names, array)
         for name, port in self._baselines.items():
-            like, array = feeds[name], np.asarray(given[name])
+            like, held = feeds[name], taken(given[name], f"baseline of '{name}'")
+            if isinstance(held, Resident):
+                feeds[port.name] = fitted(port, held)
+                continue
+            array = np.asarray(held)
             if array.ndim == 0:
                 array = np.broadcast_to(array, (1, *like.shape[1:]) if like.ndim else ())
             array = fit(Port(f"baseline of '{name}'", port.dtype, (None, *like.shape[1:])), array)
@@ -444,9 +489,7 @@ class Explainer:
                 raise OptionError(f"the baseline of '{name}' has entries that are not finite")
             feeds[port.name] = array
 
-    def _add_seed(
-        self, feeds: dict[str, Array], seed: npt.ArrayLike | None, batch: int | None
-    ) -> None:
+    def _add_seed(self, feeds: Feeds, seed: Given, batch: int | None) -> None:
         if not self.takes_seed:
             if seed is not None:
                 raise OptionError("the model takes no seed; compile it with target 'seed'")
@@ -456,7 +499,10 @@ class Explainer:
                 f"the model takes a seed, S = Σ seed · output, of the shape of '{self.output}'"
             )
         assert self._chooser is not None
-        array = fit(self._chooser, seed)
+        array = fitted(self._chooser, seed)
+        if isinstance(array, Resident):
+            feeds["seed"] = array
+            return
         if array.ndim and array.shape[0] == 1 and batch not in (None, 1):
             array = np.repeat(array, int(batch or 1), axis=0)
         if array.ndim and batch is not None and array.shape[0] != batch:

@@ -94,9 +94,7 @@ def open_session(
         with tempfile.TemporaryDirectory(prefix="onnx-attrib-") as folder:
             path = os.path.join(folder, "model.onnx")
             save(model, path)
-            return open_session(
-                ort, path, providers, name, optimized=optimized, options=options
-            )
+            return open_session(ort, path, providers, name, optimized=optimized, options=options)
     try:
         return ort.InferenceSession(source, sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class

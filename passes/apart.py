@@ -6,7 +6,7 @@ Precondition: scope. Postcondition: ``job.apart`` tells; if it is true, a batch 
 from __future__ import annotations
 
 from onnx_attrib.job import Job
-from onnx_attrib.passes.reference import batch_symbol, counts_batch, keeps_batch_apart
+from onnx_attrib.passes.reference import batch_symbol, keeps_batch_apart
 from onnx_attrib.passes.stack import downstream
 
 
@@ -18,7 +18,6 @@ def apart(job: Job) -> None:
         batch is not None
         and batch == job.scope.batch
         and keeps_batch_apart(graph, sources, downstream(graph, graph.nodes, sources), batch)
-        and not counts_batch(graph, sources, batch)
     )
 
 

@@ -128,9 +128,9 @@ class _Groups:
             return graph.constant(places)
         if isinstance(self.total, int) or self.size == 1:
             return op.Add(op.Mul(number, self.size), places)
-        first = op.Mul(number, self.size)
-        last = op.Min(op.Add(first, self.size), op.Squeeze(self.total, [0]))
-        return op.Range(first, last, graph.constant(1, np.int64))
+        # (A Range would wait for its ends to come to the host.)
+        some = op.Add(op.Mul(number, self.size), places)
+        return op.Compress(some, op.Less(some, self.total), axis=0)
 
     def table(self, graph: Graph, number: Tensor, values: Any, dtype: Any, fill: Any) -> Tensor:
         """The part of a table, one row for each draw, that belongs to a group."""

@@ -288,6 +288,13 @@ class Sweep:
         read = operands(site.node)
         return self.front is not None and all(read[i].name in self.front.names for i in site.active)
 
+    def scaled(self, site: Site) -> bool:
+        """Whether the site reads an input, at most moved, scaled or shifted."""
+        read = operands(site.node)
+        return self.front is not None and all(
+            read[i].name in self.front.scaled for i in site.active
+        )
+
     def bounds(self, site: Site, i: int, low: Any, high: Any) -> tuple[Tensor, Tensor]:
         """Input ``i`` of a first site for attributed tensors at their lowest and highest value.
 
@@ -489,6 +496,7 @@ def _stand_in(cluster: Cluster) -> Node:
         node = gs.Node(spelled.op, spelled.name, dict(spelled.attrs))
     # Plain lists: graphsurgeon's own would enter the stand-in as a producer of the output.
     node.inputs, node.outputs = [cluster.root, *cluster.operands], [cluster.output]
+    node.late = cluster.late
     return node
 
 

@@ -17,7 +17,7 @@ from onnx_attrib.ir import Node, bodies, operands, subgraphs
 from onnx_attrib.job import Front, Job
 from onnx_attrib.passes.differentiate import active_inputs
 from onnx_attrib.passes.reference import outermost
-from onnx_attrib.rules import Bilinear, Rule, Structured
+from onnx_attrib.rules import Bilinear, Linear, Rule, Structured
 
 
 def front(job: Job) -> None:
@@ -26,6 +26,7 @@ def front(job: Job) -> None:
         return
     graph = job.graph
     ahead, behind = {t.name for t in graph.inputs}, set[str]()
+    scaled = set(ahead)
     nodes = []
     for node in graph.prune(graph.in_order(graph.nodes), [job.scope.output, *job.scope.inputs]):
         read = {t.name for t in graph.uses(node)}
@@ -35,7 +36,9 @@ def front(job: Job) -> None:
         elif read & ahead:
             ahead |= outputs
             nodes.append(node)
-    job.front = Front(outermost(job), nodes, ahead)
+            if _scales(node, ahead, scaled):
+                scaled |= outputs
+    job.front = Front(outermost(job), nodes, ahead, scaled)
     if job.method.review is not None:
         job.notes += job.method.review(job.options, layer_names(job))
 
@@ -48,6 +51,16 @@ def layer_names(job: Job) -> list[str]:
         if _is_layer(rules.lookup(node.op, node.domain, active), active):
             names.append(node.name or node.outputs[0].name)
     return names
+
+
+def _scales(node: Node, varying: set[str], scaled: set[str]) -> bool:
+    """Whether a node moves, scales or shifts the entries of one tensor that is an input still."""
+    active = tuple(i for i, t in enumerate(operands(node)) if t.name in varying)
+    rule = rules.lookup(node.op, node.domain, active)
+    plain = isinstance(rule, Linear | Bilinear) and (rule.flow != "mixes" or rule.broadcasts)
+    if isinstance(rule, Bilinear) and rule.layer:
+        return False
+    return plain and len(active) == 1 and operands(node)[active[0]].name in scaled
 
 
 def _has_layer(node: Node, varying: set[str]) -> bool:

@@ -78,16 +78,16 @@ def instantiated(w: Writer, c: Call) -> Sequence[str | None]:
 
 
 def function_body(c: Call) -> FunctionProto:
-    """The newest definition that holds at opset 21."""
-    schema = onnx.defs.get_schema(c.node.op_type, OPSET)
+    """The newest definition that holds at the model's opset."""
+    schema = onnx.defs.get_schema(c.node.op_type, c.version)
     if schema.has_function:
-        version = max(v for v in schema.function_opset_versions if v <= OPSET)
+        version = max(v for v in schema.function_opset_versions if v <= c.version)
         data = schema.get_function_with_opset_version(version)
     else:
         versions = schema.context_dependent_function_opset_versions
         types = [c.types[name].SerializeToString() if name else b"" for name in c.node.input]
         data = schema.get_context_dependent_function_with_opset_version(
-            max(v for v in versions if v <= OPSET), c.node.SerializeToString(), types
+            max(v for v in versions if v <= c.version), c.node.SerializeToString(), types
         )
     body = FunctionProto()
     body.ParseFromString(data)

@@ -166,7 +166,7 @@ def test_compacting() -> None:
         {**entry, "ver": [1, 6], "tc": {"T": ["seq(tensor(float))"]}},
         {**entry, "prov": "TensorrtExecutionProvider", "tc": {}},
     ]
-    table = compact(listed, "9")
+    table = compact(listed, "9", {})
     rows = table["kernels"][""]["A"]["CUDA"]
     assert [(first, last) for first, last, _ in rows] == [(1, 6), (1, None), (1, None)]
     spelled = [{k: table["sets"][i] for k, i in types.items()} for _, _, types in rows]

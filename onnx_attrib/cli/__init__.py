@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from onnx_attrib.cli.bench import bench_command
 from onnx_attrib.cli.common import Commands, forgiving_streams
 from onnx_attrib.cli.compile import compile_command
 from onnx_attrib.cli.fit_patterns import fit_patterns_command
@@ -39,6 +40,7 @@ for command in (
     verify_command,
     methods_command,
     ops_command,
+    bench_command,
     fit_patterns_command,
 ):
     main.add_command(command)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from onnx_attrib.cli.common import note, number_or_text
+from onnx_attrib.cli.common import as_usage_error, note, number_or_text
 from onnx_attrib.errors import OptionError, suggest
 from onnx_attrib.feeds import Array, Port, fit, show_shape
 from onnx_attrib.images import (
@@ -25,7 +25,10 @@ from onnx_attrib.images import (
     load_arrays,
     load_picture,
 )
+from onnx_attrib.model_io import load
+from onnx_attrib.recipe import Recipe
 from onnx_attrib.runtime import Explainer
+from onnx_attrib.session import onnxruntime, open_session, port_of
 
 
 @dataclass(frozen=True)
@@ -191,3 +194,47 @@ def read_labels(path: Path) -> dict[int, str]:
         return {int(k): str(v[-1] if isinstance(v, list) and v else v) for k, v in pairs}
     except (ValueError, TypeError) as error:
         raise OptionError(f"'{path}' does not hold labels: {error}") from None
+
+
+def inputs_of(model: Path, texts: Sequence[str]) -> dict[str, Any]:
+    """Arrays for the inputs of a model, compiled or not, from ``[NAME=]FILE`` texts."""
+    proto, _ = load(model)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    metadata = {prop.key: prop.value for prop in proto.metadata_props}
+    recipe = Recipe.read(metadata)
+    session = open_session(onnxruntime(), proto, ["CPUExecutionProvider"], f"'{model}'")
+    ports = [port for port in map(port_of, session.get_inputs()) if port.name not in weights]
+    if recipe is not None:
+        ports = [port for port in ports if not _added(port, recipe, ports)]
+    loaded = Reader(metadata=metadata).inputs(ports, texts)
+    return {name: item.value for name, item in loaded.items()}
+
+
+def _added(port: Port, recipe: Recipe, ports: Sequence[Port]) -> bool:
+    """Whether an input is the compiler's: a target, a seed, or a baseline."""
+    if port.name == recipe.target and port.name in ("seed",):
+        return True
+    if port.name == "target" and recipe.target == "input" and recipe.targets is None:
+        return True
+    names = {f"{other.name}_baseline" for other in ports}
+    return recipe.baseline == "input" and port.name in names
+
+
+def baseline_of(text: str) -> Any:
+    """A number, an array, arrays by name, or the text itself."""
+    value = number_or_text(text)
+    if isinstance(value, str) and is_array_file(Path(value)):
+        return load_arrays(Path(value))
+    return value
+
+
+def sizes_of(texts: Sequence[str]) -> dict[str, int]:
+    """Sizes of open dimensions from NAME=SIZE texts."""
+    found = {}
+    with as_usage_error():
+        for text in texts:
+            name, _, size = text.rpartition("=")
+            if not name or not size.isdecimal() or int(size) < 1:
+                raise OptionError(f"'{text}' is not of the form NAME=SIZE")
+            found[name] = int(size)
+    return found

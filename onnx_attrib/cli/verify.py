@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,12 @@ from onnx_attrib.cli.common import (
     TargetsType,
     TargetType,
     as_mapping,
-    as_usage_error,
     chosen_methods,
     json_option,
-    number_or_text,
     print_json,
     progress,
 )
-from onnx_attrib.cli.reading import Reader
-from onnx_attrib.errors import OptionError
-from onnx_attrib.feeds import Port
-from onnx_attrib.images import is_array_file, load_arrays
-from onnx_attrib.model_io import load
-from onnx_attrib.recipe import Recipe
-from onnx_attrib.session import onnxruntime, open_session, port_of
+from onnx_attrib.cli.reading import baseline_of, inputs_of, sizes_of
 from onnx_attrib.verify import Check, Verification, verify
 
 _HEAD = ("check", "", "residual", "± uncertainty", "limit", "")
@@ -124,20 +115,20 @@ def verify_command(
     """
     choices = chosen_methods(methods or ("deeplift",), options)
     named = as_mapping(choices) if options else [choice.method.name for choice in choices]
-    given = _inputs(model, inputs) if inputs else None
+    given = inputs_of(model, inputs) if inputs else None
     with progress(f"verifying {model.name}"):
         found = verify(
             model,
             named if methods or options else None,
             source=source,
             inputs=given,
-            baseline=None if baseline is None else _baseline(baseline),
+            baseline=None if baseline is None else baseline_of(baseline),
             target=target,
             targets=targets,
             samples=samples,
             seed=seed,
             tolerance=tolerance,
-            dims=_dims(dims),
+            dims=sizes_of(dims),
         )
     if as_json:
         print_json({"model": str(model), **found.to_dict()})
@@ -145,47 +136,6 @@ def verify_command(
         click.echo(_text(model, found))
     if not found.ok:
         ctx.exit(1)
-
-
-def _inputs(model: Path, texts: Sequence[str]) -> dict[str, Any]:
-    proto, _ = load(model)
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    metadata = {prop.key: prop.value for prop in proto.metadata_props}
-    recipe = Recipe.read(metadata)
-    session = open_session(onnxruntime(), proto, ["CPUExecutionProvider"], f"'{model}'")
-    ports = [port for port in map(port_of, session.get_inputs()) if port.name not in weights]
-    if recipe is not None:
-        ports = [port for port in ports if not _added(port, recipe, ports)]
-    loaded = Reader(metadata=metadata).inputs(ports, texts)
-    return {name: item.value for name, item in loaded.items()}
-
-
-def _added(port: Port, recipe: Recipe, ports: Sequence[Port]) -> bool:
-    """Whether an input is the compiler's: a target, a seed, or a baseline."""
-    if port.name == recipe.target and port.name in ("seed",):
-        return True
-    if port.name == "target" and recipe.target == "input" and recipe.targets is None:
-        return True
-    names = {f"{other.name}_baseline" for other in ports}
-    return recipe.baseline == "input" and port.name in names
-
-
-def _baseline(text: str) -> Any:
-    value = number_or_text(text)
-    if isinstance(value, str) and is_array_file(Path(value)):
-        return load_arrays(Path(value))
-    return value
-
-
-def _dims(texts: Sequence[str]) -> dict[str, int]:
-    found = {}
-    with as_usage_error():
-        for text in texts:
-            name, _, size = text.rpartition("=")
-            if not name or not size.isdecimal() or int(size) < 1:
-                raise OptionError(f"'{text}' is not of the form NAME=SIZE")
-            found[name] = int(size)
-    return found
 
 
 def _text(model: Path, found: Verification) -> str:

@@ -39,6 +39,9 @@ class Sweeper(Walker, Protocol):
     def first(self, site: Site) -> bool:
         """Whether no layer with weights precedes the site, for methods with ``merges``."""
 
+    def scaled(self, site: Site) -> bool:
+        """Whether the site reads an input, at most moved, scaled or shifted."""
+
     def bounds(self, site: Site, i: int, low: Any, high: Any) -> tuple[Tensor, Tensor]:
         """Input ``i`` of a first site for attributed tensors at their lowest and highest value;
         of another one, these values themselves."""

@@ -12,7 +12,8 @@ the rules are those of :mod:`onnx_attrib.methods.lrp_rules`.
 - sums and averages: in proportion to the contributions, stabilised with 1e-6. The part of a
   constant is absorbed, unless no layer precedes (preprocessing).
 - products of variables: evenly between the factors (``product=uniform``), or all to the signal
-  and none to the gate (``signal``). A gate comes out of a sigmoid, a hard sigmoid or a softmax.
+  and none to the gate (``signal``, Arras et al. 2017), if there is one: what comes out of a sigmoid,
+  a hard sigmoid or a softmax. ``auto`` is signal, and uniform under attn-lrp, as its paper has it.
 - inverses are scales and are held: of x / y all goes to x, so normalisations pass R on to their
   numerators (Achtibat et al. 2024, arXiv 2402.05602).
 - softmax: R_i = x_i (R_i − s_i Σ_j R_j), from the same paper, x being the logits.
@@ -144,7 +145,7 @@ def _by_rule(sweep: Sweeper, site: Site, layer: Layer, setting: Setting) -> Tens
         relevance = site.m
         if part.where:
             beyond = op.Greater if part.where == "+" else op.Less
-            relevance = op.Where(beyond(site.y, 0.0), relevance, 0.0)
+            relevance = op.Where(beyond(layer.y, 0.0), relevance, 0.0)
         ratio = stabilized(site, relevance, parts.denominator(part), epsilon)
         if part.factor != 1:
             ratio = op.Mul(ratio, part.factor)
@@ -191,7 +192,7 @@ class _Parts:
             if self.bias is not None and term.b is not None:
                 bias = self._part("b", self.bias, term.b)
             if not (term.x or term.w) and bias is self.layer.bias:
-                value = self.site.y
+                value = self.layer.y
             else:
                 value = self.layer.forward(self.data(term), self.weight(term), bias)
             total = _plus(self.site, total, value, term.sign)
@@ -255,7 +256,7 @@ def proportional(plan: Plan, sweep: Sweeper, site: Site, rule: Linear) -> Shares
     """Sums and averages in proportion to the contributions; what moves or is scaled passes."""
     if rule.flow == "moves":
         return vjp(sweep, site, rule)
-    ignored = not plan.default.biases or sweep.first(site)
+    ignored = not plan.default.biases or sweep.scaled(site)
     if rule.flow == "scales" or (rule.broadcasts and ignored and len(site.active) == 1):
         return dict.fromkeys(site.active, site.m)
     y = site.y
@@ -395,7 +396,9 @@ def _lrp_table(options: Options) -> Table:
         pattern: _setting(entry["rule"], {**options, **entry})
         for pattern, entry in (options["rules"] or {}).items()
     }
-    return _table(Plan(lines, settings[0], named, options["product"] == "signal"))
+    usual = "uniform" if options["composite"] == "attn-lrp" else "signal"
+    product = usual if options["product"] == "auto" else options["product"]
+    return _table(Plan(lines, settings[0], named, product == "signal"))
 
 
 def _unmatched(options: Options, names: Collection[str]) -> list[str]:
@@ -433,9 +436,10 @@ lrp = Method(
         ),
         Option(
             "product",
-            "uniform",
-            "products of variables: evenly to the factors, or none to a gate (sigmoid, softmax)",
-            ("uniform", "signal"),
+            "auto",
+            "products of variables: evenly to the factors (uniform), or none to a gate (signal: "
+            "sigmoid, softmax); auto: uniform under attn-lrp, else signal",
+            ("auto", "uniform", "signal"),
         ),
     ),
     starts="value",

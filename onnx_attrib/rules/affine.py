@@ -32,6 +32,13 @@ class Layer:
         return self.site.x(self.data)
 
     @property
+    def y(self) -> Tensor:
+        """The layer's output, with all that has been merged into it."""
+        y, (scale, shift) = self.site.y, getattr(self.site.node, "late", (None, None))
+        y = y if scale is None else self.site.op.Mul(y, scale)
+        return y if shift is None else self.site.op.Add(y, shift)
+
+    @property
     def weight(self) -> Tensor:
         return self.site.x(1 - self.data)
 
@@ -76,7 +83,7 @@ def layer_of(site: Site, rule: Bilinear) -> Layer | None:
     """
     if not rule.layer or len(site.active) != 1 or site.active[0] > 1:
         return None
-    if len(site.inputs) > 3 or (site.node.op == "Einsum" and len(site.inputs) != 2):
+    if len(site.inputs) > 3 or site.node.attrs.get("equation", ",").count(",") != 1:
         return None
     return Layer(site, rule, site.active[0], 2)
 

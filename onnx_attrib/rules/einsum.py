@@ -60,7 +60,9 @@ def read(text: str, ranks: Sequence[int]) -> Equation:
 
 
 def equation(s: Site) -> Equation:
-    return read(s.attr("equation"), [s.rank(s.x(i)) for i in range(len(s.inputs))])
+    text = s.attr("equation")
+    # A layer that something was merged into has its bias behind the operands.
+    return read(text, [s.rank(s.x(i)) for i in range(1 + text.count(","))])
 
 
 def written(operands: Sequence[Letters], output: Letters) -> str:
@@ -75,7 +77,7 @@ def einsum_pull(s: Site, i: int) -> Tensor:
     """
     op, eq, x = s.op, equation(s), s.x(i)
     term, ties = untied(eq, i)
-    others = [trimmed(s, eq, k) for k in range(len(s.inputs)) if k != i]
+    others = [trimmed(s, eq, k) for k in range(len(eq.operands)) if k != i]
     operands = [s.m, *(tensor for tensor, _ in others)]
     letters = [eq.output, *(group for _, group in others)]
     for axis, first in ties:
@@ -158,7 +160,7 @@ def unit_matrix(s: Site, x: Tensor, axis: int) -> Tensor:
 def pairwise(s: Site) -> Sequence[Tensor]:
     """The operands multiplied one after the other."""
     eq = equation(s)
-    operands = [trimmed(s, eq, k) for k in range(len(s.inputs))]
+    operands = [trimmed(s, eq, k) for k in range(len(eq.operands))]
     result, letters = operands[0]
     for k, (tensor, term) in enumerate(operands[1:], start=1):
         later = {letter for _, group in operands[k + 1 :] for letter in group} | set(eq.output)
