@@ -292,12 +292,11 @@ def _batches(given: Mapping[str, npt.ArrayLike]) -> list[int]:
 def _feeds(held: _Bench, session: Any, batch: int) -> dict[str, Array]:
     """Inputs of this batch that the source model runs on."""
     for port in held.ports:
-        if port.name not in held.given and port.shape and port.shape[0] != batch:
-            if isinstance(port.shape[0], int):
-                raise OptionError(
-                    f"batch {batch} does not fit: the first axis of input '{port.name}' is "
-                    f"{port.shape[0]}"
-                )
+        first = port.shape[0] if port.shape and port.name not in held.given else batch
+        if isinstance(first, int) and first != batch:
+            raise OptionError(
+                f"batch {batch} does not fit: the first axis of input '{port.name}' is {first}"
+            )
     given = {name: _repeated(array, batch) for name, array in held.given.items()}
 
     def evaluate(feeds: dict[str, Array]) -> Array:

@@ -28,6 +28,7 @@ from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.passes.perturb import perturb
 from onnx_attrib.passes.place import place
 from onnx_attrib.passes.postprocess import postprocess
+from onnx_attrib.passes.precision import halve
 from onnx_attrib.passes.quantized import mark, unmark
 from onnx_attrib.passes.recognize import recognize
 from onnx_attrib.passes.rectifiers import rectifiers
@@ -57,6 +58,9 @@ def compile(
     delta: bool = False,
     reduce: Reduce | None = None,
     normalize: bool = False,
+    precision: str = "keep",
+    memory: float | None = None,
+    dims: Mapping[str, int] | None = None,
     **method_options: Any,
 ) -> ModelProto:
     """Compile a model into one graph that computes its outputs and their attribution.
@@ -89,6 +93,12 @@ def compile(
             ``"abs-max"`` (max |a|) or ``"l2"`` (√Σ a²). The delta is that of the whole attribution.
         normalize: divide each sample's attribution (of each target) by its largest |a|, after
             reducing; zeros stay zeros.
+        precision: ``"keep"``, or ``"fp16"``: compute in float16 where that is safe
+            (:mod:`onnx_attrib.passes.precision`); inputs and outputs keep their types.
+        memory: for methods with the option ``chunk``, which is then the largest for which the
+            activations of one group stay within so many MiB.
+        dims: the sizes of open dimensions that ``memory`` is reckoned for, by name. Default: one
+            sample; other dimensions must be given.
         **method_options: the method's options, see :func:`onnx_attrib.methods`. Of several
             methods, those that have the option take it.
 
@@ -112,9 +122,12 @@ def compile(
         delta=delta,
         reduce=reduce,
         normalize=normalize,
+        precision=precision,
+        memory=memory,
+        dims=dims,
         **method_options,
     )
-    return job.graph.to_proto()
+    return finished(job)
 
 
 def prepare(
@@ -129,9 +142,13 @@ def prepare(
     delta: bool = False,
     reduce: Reduce | None = None,
     normalize: bool = False,
+    precision: str = "keep",
+    memory: float | None = None,
+    dims: Mapping[str, int] | None = None,
     **method_options: Any,
 ) -> Job:
-    """:func:`compile`, returning the finished job with its graph and notes."""
+    """:func:`compile`, returning the job with its graph and notes, of which :func:`finished` makes
+    the model."""
     choices = chosen(method, method_options)
     if delta and not any(choice.method.complete for choice in choices):
         complete = ", ".join(m.name for m in METHODS.values() if m.complete)
@@ -153,8 +170,19 @@ def prepare(
         source="",
         reduce=checked_reduce(reduce),
         normalize=bool(normalize),
+        precision=_checked_precision(precision),
+        memory=_checked_memory(memory, choices),
+        dims=dict(dims or {}),
     )
     return run(load(model), request)
+
+
+def finished(job: Job) -> ModelProto:
+    """The compiled model, in the precision that was asked for."""
+    model = job.graph.to_proto()
+    if job.request.precision == "keep":
+        return model
+    return halve(model, [seed.name for seed in job.seeds], job.scope.output.name)
 
 
 def chosen(method: Methods, options: Mapping[str, Any]) -> tuple[Choice, ...]:
@@ -245,6 +273,23 @@ def _checked_target(target: Any) -> Target:
     return tuple(int(i) for i in target)
 
 
+def _checked_precision(precision: str) -> str:
+    if precision not in ("keep", "fp16"):
+        raise OptionError(f"precision '{precision}' is neither keep nor fp16")
+    return precision
+
+
+def _checked_memory(memory: float | None, choices: Sequence[Choice]) -> float | None:
+    if memory is None:
+        return None
+    if not memory > 0:
+        raise OptionError(f"memory must be a number of MiB above 0, not {memory}")
+    if not any("chunk" in choice.options for choice in choices):
+        able = ", ".join(m.name for m in METHODS.values() if m.has("chunk"))
+        raise OptionError(f"memory is for methods that evaluate in chunks: {able}")
+    return float(memory)
+
+
 def _checked_targets(targets: Any) -> Targets | None:
     if targets is None:
         return None
@@ -314,4 +359,4 @@ def _loaded_baseline(baseline: Any) -> Baseline:
     return {name: loaded[name] for name in loaded.files}
 
 
-__all__ = ["CompileError", "checked_reduce", "chosen", "compile", "prepare"]
+__all__ = ["CompileError", "checked_reduce", "chosen", "compile", "finished", "prepare"]

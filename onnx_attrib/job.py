@@ -41,6 +41,12 @@ class Request:
     reduce: Mapping[str | int, str] = field(default_factory=dict)
     """How axes of the attribution are reduced, by ``"channels"``, ``"last"`` or number."""
     normalize: bool = False
+    precision: str = "keep"
+    """``"keep"``, or ``"fp16"``: float16 where it is safe."""
+    memory: float | None = None
+    """MiB that the activations of one group of evaluations may take."""
+    dims: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of open dimensions that it is reckoned for."""
 
     @property
     def differentiates(self) -> bool:

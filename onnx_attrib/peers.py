@@ -103,7 +103,7 @@ class Captum:
         xs = self._tensors(feeds)
         row = _ROWS.get(choice.method.name)
         if row is None:
-            raise Unsuited(f"captum has no {choice.method.name}")
+            raise Unsuited("it is not compared with captum")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             explainer, arguments = row(self._captum, self.module, choice.options, xs)

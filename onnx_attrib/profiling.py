@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,8 +56,11 @@ class Profile:
 def profile(
     path: str, feeds: Mapping[str, Array], own: Collection[str], threads: int = 1
 ) -> Profile:
-    """Profile a compiled model on the CPU. ``own``: the source model's outputs."""
-    ort = onnxruntime()
+    """Profile a compiled model on the CPU. ``own``: the source model's outputs.
+
+    The folder of ``path`` must be writable.
+    """
+    ort, path = onnxruntime(), _named(path)
     with tempfile.TemporaryDirectory(prefix="onnx-attrib-") as folder:
         options = session_options(ort, threads)
         options.enable_profiling = True
@@ -74,6 +78,18 @@ def profile(
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
     return _summary(events, _forward(optimized.graph, own))
+
+
+def _named(path: str) -> str:
+    """A copy of the model, beside it, in which every node has a name: a kernel goes by it."""
+    model = onnx.load(path, load_external_data=False)
+    taken = {node.name for node in model.graph.node}
+    for i, node in enumerate(model.graph.node):
+        if not node.name:
+            node.name = next(name for k in count() if (name := f"node{i}.{k}") not in taken)
+    copy = f"{path}.named.onnx"
+    onnx.save(model, copy)
+    return copy
 
 
 def _forward(graph: Any, own: Collection[str]) -> set[str]:

@@ -23,7 +23,8 @@ class Recipe:
     (else None); ``baseline``: ``"zeros"``, ``"input"``, a number, ``"array"``, or None for methods
     without a reference; ``reduce`` and ``normalize``: what was made of the attributions;
     ``source_sha256``: of the model it was compiled from; ``apart``: whether the samples of a batch
-    are independent of each other. ``methods``: the options of each method.
+    are independent of each other; ``precision``: ``"fp16"`` if float16 is used where it is safe.
+    ``methods``: the options of each method.
     """
 
     methods: Mapping[str, Mapping[str, Any]]
@@ -38,6 +39,7 @@ class Recipe:
     reduce: Mapping[str | int, str]
     normalize: bool
     apart: bool = False
+    precision: str = "keep"
 
     @property
     def method(self) -> str:
@@ -88,6 +90,7 @@ class Recipe:
                 reduce={int(k) if k.isdecimal() else k: how for k, how in reduce.items()},
                 normalize=json.loads(found.get("normalize", "false")),
                 apart=json.loads(found.get("apart", "false")),
+                precision=found.get("precision", "keep"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"the model's onnx_attrib metadata is damaged: {error}") from None
@@ -105,5 +108,6 @@ class Recipe:
             "reduce": {str(axis): how for axis, how in self.reduce.items()},
             "normalize": self.normalize,
             "baseline": self.baseline,
+            "precision": self.precision,
             "source_sha256": self.source_sha256,
         }

@@ -54,7 +54,9 @@ class Trial:
 
     @property
     def narrow(self) -> bool:
-        """Whether the model takes or gives 16-bit floats."""
+        """Whether the model takes or gives 16-bit floats, or was compiled for them."""
+        if self.explain.recipe.precision != "keep":
+            return True
         ports = [*self.explain.inputs, *self.explain.outputs]
         return any(p.dtype is not None and p.dtype.name in ("float16", "bfloat16") for p in ports)
 

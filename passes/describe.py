@@ -32,6 +32,7 @@ def describe(job: Job) -> None:
         "normalize": json.dumps(request.normalize),
         "baseline": json.dumps(_baseline(job)),
         "apart": json.dumps(job.apart),
+        "precision": request.precision,
         "source_sha256": request.source,
     }
     job.graph.set_metadata({f"onnx_attrib.{key}": value for key, value in values.items()})

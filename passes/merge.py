@@ -23,7 +23,6 @@ from onnx_attrib.ir import Graph, Node, Tensor, operands
 from onnx_attrib.job import Cluster, Job
 from onnx_attrib.passes.differentiate import active_inputs
 from onnx_attrib.rules import Bilinear, Site
-from onnx_attrib.rules.broadcast import same_shape
 from onnx_attrib.rules.composite import batch_factor
 
 _PASSED = frozenset({"Identity", "Dropout"})
@@ -128,7 +127,7 @@ def _extended(graph: Graph, layer: Affine, y: Tensor, node: Node) -> Affine | No
         return None
     other = node.inputs[1 if first else 0]
     if node.op in ("Add", "Sub") and layer.node.op in _SLOTLESS:
-        if graph.value(other) is None or not same_shape(graph, node.outputs[0], y):
+        if not _fits(graph, other, y):
             return None
         return _plus(graph, layer, other if node.op == "Add" else op.Neg(other))
     vector = None
@@ -139,6 +138,15 @@ def _extended(graph: Graph, layer: Affine, y: Tensor, node: Node) -> Affine | No
     if node.op in ("Add", "Sub"):
         return _plus(graph, layer, vector if node.op == "Add" else op.Neg(vector))
     return _times(graph, layer, vector if node.op == "Mul" else op.Reciprocal(vector))
+
+
+def _fits(graph: Graph, other: Tensor, y: Tensor) -> bool:
+    """Whether a constant can be added to ``y`` without making it larger."""
+    value, shape = graph.value(other), graph.shape(y)
+    if value is None or shape is None or value.ndim > len(shape):
+        return False
+    pairs = zip(value.shape[::-1], shape[::-1], strict=False)
+    return all(size in (1, dim) for size, dim in pairs)
 
 
 @dataclass

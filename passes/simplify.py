@@ -29,7 +29,9 @@ def simplify(job: Job) -> None:
     graph = job.graph
     pad_all_axes(graph)
     graph.sort()
-    kept = (*graph.outputs, *job.scope.inputs, job.scope.output)
+    kept = [*graph.outputs, *job.scope.inputs, job.scope.output]
+    if job.request.precision != "keep":
+        kept += job.seeds  # from which the multipliers start
     shared = share(graph, graph.nodes, {t.name for t in kept})
     graph.nodes[:] = graph.prune(shared, graph.outputs)
 

@@ -37,6 +37,12 @@ FOR_CONVOLUTIONS = {
     *("deconvnet", "guided-backprop"),
     *("grad-cam", "grad-cam++", "layer-cam", "guided-grad-cam"),
 }
+FOR_LAYERS_OF_RELUS = {"deep-taylor"}
+"""Without biases, where only layers of weights and ReLUs have a rule: elsewhere it depends on where
+a network adds its constants."""
+LOOSE = {"lrp": 1e-4}
+"""Quotients by sums near zero amplify rounding. And one transformer adds a bias before the residual,
+the others after it: another denominator for the ε of 1e-6."""
 PIPELINES = ("iris", "cancer", "wide", "diabetes", "robust")
 
 
@@ -85,13 +91,15 @@ def attribution(model: ModelProto, method: str, network: str) -> tuple[Array, Ar
 @pytest.mark.parametrize("chain", CHAINS[1:])
 @pytest.mark.parametrize("network", SAMPLES)
 def test_exporters_agree(network: str, chain: str, method: str) -> None:
+    if method in FOR_LAYERS_OF_RELUS and network != "cnn":
+        pytest.skip("not defined for this kind of network")
     logits, expected = attribution(load(f"{network}_{CHAINS[0]}"), method, network)
     others, found = attribution(load(f"{network}_{chain}"), method, network)
     np.testing.assert_allclose(others, logits, 1e-4, 1e-5)
     largest = np.abs(expected).max()
     assert largest > 0
     error = float(np.abs(found - expected).max() / largest)
-    assert error <= 1e-5, f"off by {error:.3g} of the largest entry"
+    assert error <= LOOSE.get(method, 1e-5), f"off by {error:.3g} of the largest entry"
 
 
 @pytest.mark.parametrize("name", PIPELINES)

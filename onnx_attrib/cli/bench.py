@@ -76,8 +76,8 @@ Examples:
 
 The columns: milliseconds of one run by the wall clock and of processor time (medians), each with
 its ratio to the forward pass (the median of the ratios within a round); samples a second; memory
-after loading, and what a run needs on top of it at its peak, with its ratio (in a fresh process, with
-ONNX Runtime's arena off, on Linux); seconds to compile; nodes and size of the file.
+after loading, and what a run needs on top of it at its peak, with its ratio (in a fresh process,
+with ONNX Runtime's arena off, on Linux); seconds to compile; nodes and size of the file.
 """,
 )
 @click.argument(

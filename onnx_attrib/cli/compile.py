@@ -24,7 +24,7 @@ from onnx_attrib.cli.common import (
     show_processing,
     show_targets,
 )
-from onnx_attrib.compiler import prepare
+from onnx_attrib.compiler import finished, prepare
 from onnx_attrib.errors import CompileError
 from onnx_attrib.feeds import show_shape
 from onnx_attrib.inspection import behind_softmax
@@ -156,7 +156,7 @@ def compile_command(
             reduce=reduced,
             normalize=normalize,
         )
-        files = save(job.graph.to_proto(), destination)
+        files = save(finished(job), destination)
     seconds = time.perf_counter() - start
     squashed = behind_softmax(job.scope.output)
     notes = [*job.notes, *([str(squashed)] if squashed else [])]

@@ -12,8 +12,9 @@ the rules are those of :mod:`onnx_attrib.methods.lrp_rules`.
 - sums and averages: in proportion to the contributions, stabilised with 1e-6. The part of a
   constant is absorbed, unless no layer precedes (preprocessing).
 - products of variables: evenly between the factors (``product=uniform``), or all to the signal
-  and none to the gate (``signal``, Arras et al. 2017), if there is one: what comes out of a sigmoid,
-  a hard sigmoid or a softmax. ``auto`` is signal, and uniform under attn-lrp, as its paper has it.
+  and none to the gate (``signal``, Arras et al. 2017), if there is one: what comes out of a
+  sigmoid, a hard sigmoid or a softmax. ``auto`` is signal, and uniform under attn-lrp, as its
+  paper has it.
 - inverses are scales and are held: of x / y all goes to x, so normalisations pass R on to their
   numerators (Achtibat et al. 2024, arXiv 2402.05602).
 - softmax: R_i = x_i (R_i − s_i Σ_j R_j), from the same paper, x being the logits.
