@@ -4,7 +4,7 @@
     python models/benchmarks.py
 
 exports the networks (``--models DIR`` keeps them), measures with ``onnx_attrib.bench`` on one
-thread, and writes the tables beside this file. On one core it takes about a quarter of an hour.
+thread, and writes the tables beside this file. It takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from torch import nn
 
 import onnx_attrib
-from onnx_attrib.bench import Row, bench
+from onnx_attrib.bench import Case, Row, bench
 from onnx_attrib.cli.common import progress
 
 HERE = Path(__file__).parent
@@ -37,16 +36,69 @@ from tests import zoo  # noqa: E402
 CNN = "mnist_cnn"
 METHOD_MODELS = ("resnet18", CNN, "vit")
 ZOO = ("resnet18", "resnet50", "vgg11", "mobilenet", "inception", "genomics", "encoder", "vit")
-BATCHES = (1, 8)
 WINDOWS = {"resnet18": "3,8,8", CNN: "1,4,4", "vit": "3,8,8"}
-HEAVY_ROUNDS = 3
+ROUNDS, HEAVY_ROUNDS, STEPS = 7, 3, 10
+BATCHES = (1, 8)
+
+TEXT = """# Benchmarks
+
+Made by `python models/benchmarks.py`; `onnx-attrib bench` measures the same for any model.
+
+- Machine: {machine}; {versions}.
+- One thread, float32, processor time (`--threads 1`, the column *cpu ms*): each session's time is
+  divided by that of the source model's forward pass in the same round, and the median of {rounds}
+  rounds is shown, of {heavy} for methods of many sweeps (from `deep-shap` on, and integrated
+  gradients). ONNX Runtime optimizes both graphs alike, at its default level.
+- Memory is what one run needs on top of the loaded model at its peak, with ONNX Runtime's arena
+  off, divided by the forward pass's. At batch 1 of small models it is some 100 KiB, and rough.
+- The networks are those of `tests/zoo.py` (full-width ResNets at 3×64×64, `mobilenet` at half
+  width; `vit` and `encoder` are small transformers) with random weights, which cost what trained
+  ones cost, exported by PyTorch's dynamo exporter with an open batch; `mnist_cnn` is shipped.
+  `--models DIR` keeps the exported files:
+
+      python models/benchmarks.py --models DIR
+      onnx-attrib bench DIR/resnet18.dynamo.onnx --method gradient --method deeplift --batch 1,8
+
+## Every method
+
+Times the forward pass, batch 1, target `argmax`, baseline zeros. The forward pass takes {forwards}.
+Windows are {windows}, as large as their strides.
+
+{methods}
+
+## Gradient, DeepLIFT and integrated gradients
+
+Times the forward pass at batch 1 and 8. DeepLIFT's baseline is fixed at compile time (zeros), or
+given at run time (one for all samples), where the reference pass is part of the run. Integrated
+gradients has {steps} steps, evaluated together; time grows in proportion to them.
+
+{ratios}
+
+Memory of a run, times that of the forward pass's:
+
+{memory}
+
+## Against Captum
+
+Captum {captum} with PyTorch {torch} on the same networks and inputs in the same rounds, as modules,
+with the class given to Captum (the compiled graph chooses it itself, and gives the outputs too).
+Each cell: milliseconds here, Captum's, and Captum's divided by ours (above 1, ours is faster).
+`differs` is the largest difference of the two attributions over the largest entry.
+
+{captum_table}
+
+Where DeepLIFT differs, the two are not the same method: Captum has no rule for the residual and
+gated products, the Softmax and the normalisations of transformers, nor for ReLU6, and passes the
+gradient there; its max-pool takes the difference to one of the winners. Integrated gradients are
+the same quadrature; what remains is ReLUs at their kinks in float32.
+"""
 
 
 # -- networks --------------------------------------------------------------------------------------
 
 
 def network(name: str) -> nn.Module:
-    """A network of the zoo with a ReLU of its own at every place, as Captum's DeepLIFT wants it."""
+    """A network of the zoo with a ReLU of its own at every place: Captum's DeepLIFT needs that."""
     module = zoo.build(name)
     for part in module.modules():
         if isinstance(part, nn.Sequential):
@@ -66,8 +118,10 @@ def exported(name: str, folder: Path) -> Path:
     return path
 
 
-def shape(name: str) -> tuple[int, ...]:
-    return (1, 28, 28) if name == CNN else zoo.ZOO[name].shape
+def drawn(name: str, count: int) -> np.ndarray:
+    """Random samples of a network's input."""
+    shape = (1, 28, 28) if name == CNN else zoo.ZOO[name].shape
+    return np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
 
 
 # -- every method ----------------------------------------------------------------------------------
@@ -75,78 +129,225 @@ def shape(name: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table. ``background``: how many samples the baseline has."""
+    """A line of the first table. ``background``: how many samples the baseline has; ``windowed``:
+    the method has windows, ``patterned``: it needs patterns."""
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     background: int = 0
+    windowed: bool = False
+    patterned: bool = False
     heavy: bool = False
 
     def __str__(self) -> str:
-        said = [f"{key}={value}" for key, value in self.options.items() if key != "patterns"]
+        said = [f"{key}={value}" for key, value in self.options.items()]
         said += [f"background of {self.background}"] * bool(self.background)
-        return f"`{self.method}`" + f" {', '.join(said)}" * bool(said)
+        return f"`{self.method}` {', '.join(said)}".rstrip()
 
 
-def entries(name: str, folder: Path) -> list[Entry]:
-    """What is measured on one network; the windows differ, and are not shown."""
-    rng = np.random.default_rng(0)
-    data = rng.normal(size=(64, *shape(name))).astype(np.float32)
-    patterns = {"patterns": str(folder / f"{name}.patterns.npz")}
-    np.savez(patterns["patterns"], **onnx_attrib.fit_patterns(str(exported(name, folder)), data))
-    window = WINDOWS[name]
-    plain = "gradient saliency gradient-x-input deconvnet guided-backprop grad-cam grad-cam++ "
-    plain += "layer-cam guided-grad-cam epsilon-lrp lrp"
+ENTRIES = (
+    *(Entry(name) for name in "gradient saliency gradient-x-input deconvnet".split()),
+    *(Entry(name) for name in "guided-backprop grad-cam grad-cam++ layer-cam".split()),
+    *(Entry(name) for name in "guided-grad-cam epsilon-lrp lrp".split()),
+    Entry("lrp", {"composite": "epsilon-plus"}),
+    Entry("deep-taylor"),
+    Entry("pattern-net", patterned=True),
+    Entry("pattern-attribution", patterned=True),
+    Entry("deeplift"),
+    Entry("deeplift", {"rule": "reveal-cancel"}),
+    Entry("deep-shap", background=10, heavy=True),
+    Entry("integrated-gradients", {"steps": 50}, heavy=True),
+    Entry("expected-gradients", {"samples": 50}, background=10, heavy=True),
+    Entry("smoothgrad", {"samples": 25}, heavy=True),
+    Entry("occlusion", windowed=True, heavy=True),
+    Entry("shapley-sampling", {"samples": 2}, windowed=True, heavy=True),
+)
+
+
+def cost(entry: Entry, name: str, folder: Path) -> tuple[Row, Row] | str:
+    """The forward pass and the method; or why the method does not go with the network."""
+    options = dict(entry.options)
+    if entry.windowed:
+        options["window"] = WINDOWS[name]
+    if entry.windowed and entry.method == "occlusion":
+        options["stride"] = WINDOWS[name]
+    path = exported(name, folder)
+    try:
+        if entry.patterned:
+            patterns = folder / f"{name}.patterns.npz"
+            np.savez(patterns, **onnx_attrib.fit_patterns(path, drawn(name, 64)))
+            options["patterns"] = str(patterns)
+        (case,) = bench(
+            path,
+            {entry.method: options},
+            baseline=drawn(name, entry.background) if entry.background else "zeros",
+            rounds=HEAVY_ROUNDS if entry.heavy else ROUNDS,
+            warmup=1 if entry.heavy else 3,
+            remembered=False,
+            watch=progress,
+        )
+    except onnx_attrib.CompileError as error:
+        return str(error)
+    return case.rows[0], case.rows[1]
+
+
+def method_table(folder: Path) -> tuple[str, str]:
+    """The first table with its notes, and how long the forward passes take."""
+    table, reasons, forwards = [["method", *METHOD_MODELS]], [], dict[str, float]()
+    for entry in ENTRIES:
+        cells = [str(entry)]
+        for name in METHOD_MODELS:
+            found = cost(entry, name, folder)
+            if isinstance(found, str):
+                reasons.append(f"- {entry} on {name}: {found.splitlines()[0]}")
+                cells.append("—")
+            else:
+                forwards.setdefault(name, found[0].times.cpu_ms or 0.0)
+                cells.append(ratio(found[1]))
+        print(" | ".join(cells), flush=True)
+        table.append(cells)
+    shown = ", ".join(f"{number(ms)} ms ({name})" for name, ms in forwards.items())
+    return "\n".join([*markdown(table), *([""] if reasons else []), *reasons]), shown
+
+
+# -- the networks ----------------------------------------------------------------------------------
+
+
+def measured(name: str, folder: Path) -> list[tuple[str, list[Case]]]:
+    """Gradient, DeepLIFT and integrated gradients of one network, Captum beside them."""
+    path, module = exported(name, folder), network(name)
+    common: dict[str, Any] = {"batches": BATCHES, "watch": progress}
+    quick = {**common, "rounds": ROUNDS}
+    compared = {"against": "captum", "module": module}
     return [
-        *(Entry(method) for method in plain.split()),
-        Entry("lrp", {"composite": "epsilon-plus"}),
-        Entry("deep-taylor"),
-        Entry("pattern-net", patterns),
-        Entry("pattern-attribution", patterns),
-        Entry("deeplift"),
-        Entry("deeplift", {"rule": "reveal-cancel"}),
-        Entry("deep-shap", background=10, heavy=True),
-        Entry("integrated-gradients", {"steps": 50}, heavy=True),
-        Entry("expected-gradients", {"samples": 50}, background=10, heavy=True),
-        Entry("smoothgrad", {"samples": 25}, heavy=True),
-        Entry("occlusion", {"window": window, "stride": window}, heavy=True),
-        Entry("shapley-sampling", {"samples": 2, "window": window}, heavy=True),
+        ("quick", bench(path, ["gradient", "deeplift"], **quick, **compared)),
+        ("given", bench(path, "deeplift", baseline="input", **quick)),
+        (
+            "heavy",
+            bench(
+                path,
+                "integrated-gradients",
+                steps=STEPS,
+                **common,
+                **compared,
+                rounds=HEAVY_ROUNDS,
+                warmup=1,
+            ),
+        ),
     ]
 
 
-def costs(name: str, folder: Path, rounds: int) -> Iterator[tuple[Row | str, Row]]:
-    """The row of each entry (or why there is none), and the forward pass beside it."""
-    path = exported(name, folder)
-    for entry in entries(name, folder):
-        baseline: Any = "zeros"
-        if entry.background:
-            rows = np.random.default_rng(1).normal(size=(entry.background, *shape(name)))
-            baseline = rows.astype(np.float32)
-        try:
-            (case,) = bench(
-                path,
-                {entry.method: entry.options},
-                baseline=baseline,
-                rounds=HEAVY_ROUNDS if entry.heavy else rounds,
-                warmup=1 if entry.heavy else 3,
-                watch=progress,
+def network_tables(folder: Path) -> tuple[str, str, str]:
+    """Ratios, memory, and the comparison with Captum."""
+    heads = [f"{name} {batch}" for name in ("gradient", "deeplift") for batch in BATCHES]
+    given = [f"deeplift, run-time baseline {batch}" for batch in BATCHES]
+    averaged = [f"integrated-gradients {batch}" for batch in BATCHES]
+    ratios = [["network", *heads, *given, *averaged]]
+    memory = [["network", *heads, *given, *averaged]]
+    peers = [["network", "batch", "gradient", "deeplift", "differs", f"IG, {STEPS} steps"]]
+    problems: dict[str, None] = {}
+    for name in ZOO:
+        cases = dict(measured(name, folder))
+        places = [("quick", 1), ("quick", 2), ("given", 1), ("heavy", 1)]
+        rows = [case.rows[place] for kind, place in places for case in cases[kind]]
+        ratios.append([name, *map(ratio, rows)])
+        memory.append([name, *(number(row.run_ratio) for row in rows)])
+        for quick, heavy in zip(cases["quick"], cases["heavy"], strict=True):
+            gradient, deeplift, averaged_row = quick.rows[1], quick.rows[2], heavy.rows[1]
+            peers.append(
+                [
+                    name,
+                    str(quick.batch),
+                    against(gradient),
+                    against(deeplift),
+                    differs(deeplift),
+                    against(averaged_row),
+                ]
             )
-        except onnx_attrib.CompileError as error:
-            yield str(error), Row("", {}, 0, 0, None, None, 0.0)  # type: ignore[arg-type]
-            continue
-        forward, row = case.rows
-        yield row, forward
+            for row in (gradient, deeplift, averaged_row):
+                if row.peer is not None and row.peer.problem:
+                    problems[f"- {row.method} on {name}: {row.peer.problem}"] = None
+        print(" | ".join(ratios[-1]), flush=True)
+    compared = [*markdown(peers), *([""] if problems else []), *problems]
+    return "\n".join(markdown(ratios)), "\n".join(markdown(memory)), "\n".join(compared)
 
 
-def method_tables(folder: Path, rounds: int) -> list[str]:
-    found = {name: list(costs(name, folder, rounds)) for name in METHOD_MODELS}
-    lines = ["time", "", *_head(["method", *METHOD_MODELS])]
-    memory = ["", "memory of a run", "", *_head(["method", *METHOD_MODELS])]
-    labels = [_label(entry) for entry in entries(METHOD_MODELS[0], folder)]
-    reasons: dict[str, None] = {}
-    for i, label in enumerate(labels):
-        rows = [found[name][i][0] for name in METHOD_MODELS]
-        reasons.update({f"{label} on {n}: {r}": None for n, r in zip(METHOD_MODELS, rows, strict=True) if isinstance(r, str)})
-        lines.append(_row([label, *(r if isinstance(r, str) and False else _time(r) for r in rows)]))
-        memory.append(_row([label, *(_memory(r) for r in rows)]))
-    return [*lines, *memory, "", *(f"- — {reason}" for reason in reasons)]
+def against(row: Row) -> str:
+    peer = row.peer
+    if peer is None or peer.times is None or peer.times.cpu_ratio is None:
+        return "—"
+    ours, theirs = number(row.times.cpu_ms), number(peer.times.cpu_ms)
+    return f"{ours} / {theirs}: **{number(peer.times.cpu_ratio.median)}**"
+
+
+def differs(row: Row) -> str:
+    known = row.peer is not None and row.peer.difference is not None
+    return f"{row.peer.difference:.0e}" if known and row.peer else "—"
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def ratio(row: Row) -> str:
+    return number(row.times.cpu_ratio.median if row.times.cpu_ratio else None)
+
+
+def number(value: float | None) -> str:
+    """Two or three digits."""
+    if value is None:
+        return "—"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    head, *rest = table
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rest)]
+
+
+def machine() -> str:
+    """The processor as the system calls it, and its vector instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    known = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    flags = known.get("flags", "").split()
+    widest = next((flag for flag in ("avx512f", "avx2", "avx") if flag in flags), "")
+    parts = [known.get("model name", platform.processor()), f"{os.cpu_count()} cores", widest]
+    return ", ".join([platform.machine(), *filter(None, parts)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure, and write BENCHMARKS.md.")
+    parser.add_argument("--models", type=Path, help="where the exported networks are kept")
+    parser.add_argument("--out", type=Path, default=HERE / "BENCHMARKS.md")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.models or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        ratios, memory, captum_table = network_tables(folder)
+        methods, forwards = method_table(folder)
+    packages = ("onnxruntime", "onnx", "numpy")
+    said = [f"onnx-attrib {onnx_attrib.__version__}", f"Python {platform.python_version()}"]
+    text = TEXT.format(
+        machine=machine(),
+        versions=", ".join([*said, *(f"{name} {version(name)}" for name in packages)]),
+        rounds=ROUNDS,
+        heavy=HEAVY_ROUNDS,
+        steps=STEPS,
+        forwards=forwards,
+        windows=", ".join(f"{window} ({name})" for name, window in WINDOWS.items()),
+        methods=methods,
+        ratios=ratios,
+        memory=memory,
+        captum=version("captum"),
+        torch=version("torch").partition("+")[0],
+        captum_table=captum_table,
+    )
+    given.out.write_text(text, encoding="utf-8")
+    print("wrote", given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -150,6 +150,7 @@ class _Bench:
     seed: int
     peer: Captum | None
     profiled: bool
+    remembered: bool
     watch: Watch
     sessions: list[Any] = field(default_factory=list)
 
@@ -171,6 +172,7 @@ def bench(
     against: str | None = None,
     module: Any = None,
     profiled: bool = False,
+    remembered: bool = True,
     watch: Watch = nullcontext,
     **method_options: Any,
 ) -> list[Case]:
@@ -189,6 +191,7 @@ def bench(
         against: "captum", to measure it on the same network and inputs.
         module: that network as a torch module (default: converted by onnx2torch).
         profiled: also time operators, on the CPU.
+        remembered: measure memory, on the CPU, which takes a process for each session.
         watch: is entered with a text around every step.
         **method_options: options of the methods.
 
@@ -232,6 +235,7 @@ def bench(
             seed,
             peer,
             profiled,
+            remembered,
             watch,
         )
         found = []
@@ -410,7 +414,7 @@ def _case(held: _Bench, provider: str, batch: int, feeds: dict[str, Array]) -> C
     rows: list[Row] = []
     for i, file in enumerate(held.files):
         row = _row(file, _times(wall, cpu, i, 0, provider == CPU), batch)
-        if provider == CPU:
+        if provider == CPU and held.remembered:
             row = _remembered(held, row, file, filled[i], rows[0] if rows else None)
         if held.profiled and file.choice is not None:
             own = [info.name for info in held.source.graph.output]

@@ -22,6 +22,7 @@ from onnx_attrib.passes.describe import describe
 from onnx_attrib.passes.differentiate import differentiate
 from onnx_attrib.passes.finalize import finalize
 from onnx_attrib.passes.front import front
+from onnx_attrib.passes.legalize import legalize
 from onnx_attrib.passes.localize import localize
 from onnx_attrib.passes.merge import merge
 from onnx_attrib.passes.normalize import normalize
@@ -59,6 +60,7 @@ def compile(
     reduce: Reduce | None = None,
     normalize: bool = False,
     precision: str = "keep",
+    provider: str = "portable",
     memory: float | None = None,
     dims: Mapping[str, int] | None = None,
     **method_options: Any,
@@ -95,6 +97,8 @@ def compile(
             reducing; zeros stay zeros.
         precision: ``"keep"``, or ``"fp16"``: compute in float16 where that is safe
             (:mod:`onnx_attrib.passes.precision`); inputs and outputs keep their types.
+        provider: ``"portable"``, or ``"cuda"``: operators that have no CUDA kernel, in the model's
+            own part too, are spelled by others (:mod:`onnx_attrib.passes.legalize`).
         memory: for methods with the option ``chunk``, which is then the largest for which the
             activations of one group stay within so many MiB.
         dims: the sizes of open dimensions that ``memory`` is reckoned for, by name. Default: one
@@ -123,6 +127,7 @@ def compile(
         reduce=reduce,
         normalize=normalize,
         precision=precision,
+        provider=provider,
         memory=memory,
         dims=dims,
         **method_options,
@@ -143,6 +148,7 @@ def prepare(
     reduce: Reduce | None = None,
     normalize: bool = False,
     precision: str = "keep",
+    provider: str = "portable",
     memory: float | None = None,
     dims: Mapping[str, int] | None = None,
     **method_options: Any,
@@ -171,6 +177,7 @@ def prepare(
         reduce=checked_reduce(reduce),
         normalize=bool(normalize),
         precision=_checked_precision(precision),
+        provider=checked_provider(provider),
         memory=_checked_memory(memory, choices),
         dims=dict(dims or {}),
     )
@@ -241,6 +248,7 @@ def transform(job: Job) -> None:
         rectifiers(part)
         postprocess(part)
         finalize(part)
+    job.request = replace(job.request, choices=tuple(part.choice for part in job.parts))
     for apply in FINISHING:
         apply(job)
 
@@ -256,7 +264,7 @@ Pass = Callable[[Job], None]
 
 PREPARING: tuple[Pass, ...] = (mark, scope, apart, choose_target)
 COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, merge, front, substitute, report)
-FINISHING: tuple[Pass, ...] = (unmark, place, simplify, describe)
+FINISHING: tuple[Pass, ...] = (unmark, legalize, place, simplify, describe)
 
 
 def _checked_target(target: Any) -> Target:
@@ -271,6 +279,13 @@ def _checked_target(target: Any) -> Target:
     if isinstance(target, int | np.integer):
         return int(target)
     return tuple(int(i) for i in target)
+
+
+def checked_provider(provider: str) -> str:
+    """What the result is made for; OptionError if it is unknown."""
+    if provider not in ("portable", "cuda"):
+        raise OptionError(f"provider '{provider}' is neither portable nor cuda")
+    return provider
 
 
 def _checked_precision(precision: str) -> str:

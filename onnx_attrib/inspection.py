@@ -11,7 +11,7 @@ import onnx
 from onnx import ModelProto
 
 from onnx_attrib import rules
-from onnx_attrib.compiler import transform
+from onnx_attrib.compiler import checked_provider, transform
 from onnx_attrib.errors import CompileError, Offence, OptionError, UnsupportedOpError
 from onnx_attrib.ir import Graph, Node, Shape, Tensor, is_float
 from onnx_attrib.job import Choice, Cluster, Job, Request
@@ -20,6 +20,7 @@ from onnx_attrib.model_io import Source, load
 from onnx_attrib.passes.differentiate import active_inputs, flow, offence
 from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.passes.scope import ancestors, attributed_tensors, embeddings, explained_output
+from onnx_attrib.placement import Placement, placed
 from onnx_attrib.recipe import Recipe
 
 _SQUASHING = frozenset(("Softmax", "LogSoftmax", "Sigmoid"))
@@ -91,6 +92,7 @@ class Inspection:
     ``unsupported`` lists the nodes in the way, or ``problem`` says what else is.
     ``unused_unsupported``: nodes without a rule that are not in the way. ``compiled``: how the
     model was compiled, if onnx-attrib made it; then only the interface is described.
+    ``placement``: where its nodes run in a CUDA session, if that was asked for.
     """
 
     opsets: dict[str, int]
@@ -114,6 +116,7 @@ class Inspection:
     unused_unsupported: list[Offence] = field(default_factory=list)
     problem: str | None = None
     notes: list[str] = field(default_factory=list)
+    placement: Placement | None = None
 
     @property
     def compilable(self) -> bool:
@@ -131,16 +134,21 @@ def inspect(
     method: str = "deeplift",
     inputs: Sequence[str] | None = None,
     output: str | None = None,
+    provider: str = "portable",
 ) -> Inspection:
     """Describe a model, and try to compile it for ``method`` with default settings.
 
-    ``inputs`` and ``output`` as for :func:`onnx_attrib.compile`. Raises ModelError for a file that
-    is missing, damaged, or rejected by ONNX's checker, OptionError for a method or tensor that does
-    not exist; whatever else is in the way of compiling is among the findings.
+    ``provider`` ``"cuda"``: also say which nodes of the model as it is would fall back to the CPU
+    in a CUDA session, and what would be copied. ``inputs`` and ``output`` as for
+    :func:`onnx_attrib.compile`. Raises ModelError for a file that is missing, damaged, or rejected
+    by ONNX's checker, OptionError for a method or tensor that does not exist; whatever else is in
+    the way of compiling is among the findings.
     """
     chosen = method_named(method)
     proto, digest = load(model)
     report = _describe(proto, digest)
+    if checked_provider(provider) == "cuda":
+        report.placement = placed(proto)
     report.compiled = Recipe.read(report.metadata)
     if report.compiled is not None:
         return report

@@ -659,7 +659,7 @@ class Graph:
         copy.CopyFrom(proto)
         kept = self._set_aside(copy)
         outputs = [
-            self._declared(name, declared.get(name)) if name else gs.Variable.empty()
+            self.declared(name, declared.get(name)) if name else gs.Variable.empty()
             for name in proto.output
         ]
         node = gs.Node(
@@ -679,8 +679,8 @@ class Graph:
         bound.update((n, t) for n, t in zip(proto.output, outputs, strict=True) if n)
         self._sink.append(node)
 
-    def _declared(self, name: str, info: onnx.ValueInfoProto | None) -> Tensor:
-        """A tensor for an opened subgraph, with what its declaration says for sure.
+    def declared(self, name: str, info: onnx.ValueInfoProto | None) -> Tensor:
+        """A new tensor for an opened subgraph, with what its declaration says for sure.
 
         Symbols are left out: at another point they may stand for another size.
         """

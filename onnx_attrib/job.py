@@ -43,6 +43,8 @@ class Request:
     normalize: bool = False
     precision: str = "keep"
     """``"keep"``, or ``"fp16"``: float16 where it is safe."""
+    provider: str = "portable"
+    """``"cuda"``: without operators that have no CUDA kernel."""
     memory: float | None = None
     """MiB that the activations of one group of evaluations may take."""
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -162,6 +164,8 @@ class Job:
     """For each seed so far, the attribution of each attributed tensor by name."""
     met: dict[str, dict[str, None]] = field(default_factory=dict)
     """Operators that the sweeps met, by what treatments called them."""
+    fitted: int | None = None
+    """The smallest chunk that a bound on memory left."""
     apart: bool = False
     """Whether the samples of a batch are known to be independent of each other."""
     shown: list[dict[str, Tensor]] = field(default_factory=list)

@@ -261,7 +261,7 @@ class _Level:
     # -- copies ----------------------------------------------------------------------------------
 
     def _copies(self, on_cuda: list[bool]) -> None:
-        made: dict[str, tuple[bool, str]] = {name: (False, "a graph input") for name in self.inputs}
+        made = dict.fromkeys(self.inputs, (False, "a graph input"))
         readers: dict[tuple[bool, str], list[str]] = {}
         for node, cuda in zip(self.nodes, on_cuda, strict=True):
             host = kernels.host_inputs(node.op_type, node.domain)
@@ -297,7 +297,8 @@ def _entries(kind: TypeProto | None) -> int | None:
     if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
         return None
     dims = kind.tensor_type.shape.dim
-    return _product([d.dim_value for d in dims]) if all(d.HasField("dim_value") for d in dims) else None
+    known = all(d.HasField("dim_value") for d in dims)
+    return _product([d.dim_value for d in dims]) if known else None
 
 
 def _product(dims: Any) -> int:

@@ -7,20 +7,21 @@ the same for operators whose CUDA kernels lack a type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from onnx_attrib import rules
-from onnx_attrib.ir import Node, Tensor, is_float
+from onnx_attrib.ir import OPSET, Node, Tensor
 from onnx_attrib.kernels import bound, placement
 from onnx_attrib.rules import Composite, Site, Unsupported
 from onnx_attrib.rules.convolution import ints, transposed_window
 from onnx_attrib.rules.indexing import ONE, axis_of, calc, count_up, join, sizes, whole_numbers
 from onnx_attrib.rules.lp_pooling import global_sum, powers, window_sums
 from onnx_attrib.rules.recurrent import definition
-from onnx_attrib.rules.signal import frame_length, known_axis, parts, unit_signals
+from onnx_attrib.rules.resize import identity
+from onnx_attrib.rules.signal import frame_length, known_axis, parts
 
 Outputs = Sequence[Tensor | None]
 Spelling = Callable[[Site], Outputs]
@@ -63,9 +64,9 @@ def log_of_one_plus(s: Site, x: Tensor) -> Tensor:
 def for_large(s: Site, size: Tensor, near: Callable[[Tensor], Tensor]) -> Tensor:
     """``near`` (size), and log(2 · size) where its square would be beyond the type."""
     op, kind = s.op, s.graph.dtype(s.x())
-    bound = 100.0 if kind.itemsize == 2 else 1e6
-    large = op.Greater(size, bound)
-    far = op.Add(op.Log(op.Max(size, bound)), float(np.log(2)))
+    limit = {2: 1e2, 4: 1e6, 8: 1e9}[kind.itemsize]
+    large = op.Greater(size, limit)
+    far = op.Add(op.Log(op.Max(size, limit)), float(np.log(2)))
     result: Tensor = op.Where(large, far, near(op.Where(large, 1.0, size)))
     return result
 
@@ -121,7 +122,7 @@ def mean(s: Site) -> Outputs:
 def one_hot_maximum(s: Site) -> Outputs:
     """Hardmax: 1 at the first of the largest entries along the axis."""
     op, axis, rank = s.op, axis_of(s, s.x()), s.rank(s.x())
-    places = op.Reshape(s_tensor(s, count_up(s, sizes(s, s.x(), [axis]))), _column(axis, rank))
+    places = op.Reshape(as_tensor(s, count_up(s, sizes(s, s.x(), [axis]))), _column(axis, rank))
     first = op.ArgMax(s.x(), axis=axis, keepdims=1)
     return [op.Cast(op.Equal(places, first), to=s.graph.dtype(s.x()))]
 
@@ -130,7 +131,7 @@ def _column(axis: int, rank: int) -> list[int]:
     return [-1 if k == axis else 1 for k in range(rank)]
 
 
-def s_tensor(s: Site, numbers: Any) -> Tensor:
+def as_tensor(s: Site, numbers: Any) -> Tensor:
     """Whole numbers as a tensor, whether they are known now or at run time."""
     return s.graph.constant(numbers) if isinstance(numbers, np.ndarray) else numbers
 
@@ -157,7 +158,7 @@ def one_hot(s: Site) -> Outputs:
     count = op.Reshape(depth, [1]) if known is None else known.reshape(1).astype(np.int64)
     rank = s.rank(s.x())
     axis = int(s.attr("axis")) % (rank + 1)
-    places = op.Reshape(s_tensor(s, count_up(s, count)), _column(axis, rank + 1))
+    places = op.Reshape(as_tensor(s, count_up(s, count)), _column(axis, rank + 1))
     # An index counts from the end if it is negative; one out of range marks nothing.
     index = op.Where(op.Less(index, 0), op.Add(index, depth), index)
     marked = op.Equal(places, op.Unsqueeze(index, [axis]))
@@ -217,8 +218,10 @@ def transposed_convolution(s: Site) -> Outputs:
         *[s.optional(i) for i in range(3)], pads=pads + pads, output_padding=surplus, **kept
     )
     starts = [begin - pad for begin, pad in zip(window.begin, pads, strict=True)]
-    most = np.iinfo(np.int64).max
     over = [max(end, 0) - pad for end, pad in zip(window.end, pads, strict=True)]
+    if not any(starts + over):
+        return [full]
+    most = np.iinfo(np.int64).max
     return [op.Slice(full, starts, [-more if more else most for more in over], window.axes)]
 
 
@@ -252,33 +255,43 @@ def affine_grid(s: Site) -> Outputs:
     rows = (s.shape(theta) or (None, None))[1]
     if not isinstance(rows, int):
         raise Unsupported("whether its grid is flat or in space is known only at run time")
-    axes = []
+    known, axes = isinstance(size, np.ndarray), list[Tensor]()
+    spatial = size[2:] if known else op.Slice(size, [2], [2 + rows], [0])
     for k in range(rows):
-        length = size[2 + k : 3 + k] if isinstance(size, np.ndarray) else op.Gather(size, [2 + k])
-        place = op.Cast(s_tensor(s, count_up(s, length)), to=kind)
-        count = op.Cast(s_tensor(s, length), to=kind)
+        length = spatial[k : k + 1] if known else op.Gather(spatial, [k])
+        place = op.Cast(as_tensor(s, count_up(s, length)), to=kind)
+        count = op.Cast(as_tensor(s, length), to=kind)
         if s.attr("align_corners"):
             place = op.Mul(place, op.Div(np.array(2, kind), op.Max(op.Sub(count, 1.0), 1.0)))
             line = op.Sub(place, 1.0)
         else:
             line = op.Sub(op.Div(op.Add(op.Mul(place, 2.0), 1.0), count), 1.0)
         line = op.Reshape(line, [*_column(k, rows), 1])
-        axes.append(op.Expand(line, join(s, size[2:], ONE) if isinstance(size, np.ndarray) else
-                              op.Concat(op.Slice(size, [2], [2 + rows], [0]), [1], axis=0)))
+        axes.append(op.Expand(line, join(s, spatial, ONE)))
     points = op.Concat(*reversed(axes), axis=-1)
     points = op.Reshape(points, [-1, rows])
     turn, shift = op.Split(theta, [rows, 1], axis=2, outputs=2)
-    moved = op.Add(op.MatMul(points, op.Transpose(turn, perm=[0, 2, 1])),
-                   op.Transpose(shift, perm=[0, 2, 1]))
-    lead = op.Shape(theta, end=1)
-    spatial = size[2:] if isinstance(size, np.ndarray) else op.Slice(size, [2], [2 + rows], [0])
-    return [op.Reshape(moved, op.Concat(lead, spatial, [rows], axis=0))]
+    turn, shift = (op.Transpose(part, perm=[0, 2, 1]) for part in (turn, shift))
+    moved = op.Add(op.MatMul(points, turn), shift)
+    return [op.Reshape(moved, op.Concat(op.Shape(theta, end=1), spatial, [rows], axis=0))]
 
 
 # -- Fourier transforms ----------------------------------------------------------------------------
 
 _LARGEST = 1024
 """Samples up to which the matrix of a transform is used; ONNX Runtime folds it when it loads."""
+
+
+def transformed(
+    s: Site, samples: Any, entries: Any, length: Tensor | None, **attributes: Any
+) -> Tensor:
+    """[samples · entries, bins, 1 or 2]: the spectra of the unit vectors, by way of float64."""
+    op, count = s.op, samples * entries
+    eye = identity(s, count, np.dtype(np.float64))
+    units = op.Reshape(eye, join(s, -ONE, samples, entries))
+    spectra = op.DFT(units, length, np.int64(1), **attributes)
+    result: Tensor = op.Cast(spectra, to=s.graph.dtype(s.x()))
+    return result
 
 
 def fourier(s: Site) -> Outputs:
@@ -289,12 +302,13 @@ def fourier(s: Site) -> Outputs:
         raise Unsupported(f"a transform of unknown length, or of more than {_LARGEST} samples")
     if s.optional(1) is not None and s.value(1) is None:
         raise Unsupported("its length is known only at run time")
-    units = unit_signals(s, signal[:1], signal[1:])
-    spectra = op.DFT(units, s.optional(1), np.int64(1), **s.node.attrs)
+    length, attributes = s.optional(1), s.node.attrs
+    spectra = transformed(s, signal[:1], signal[1:], length, **attributes)
     tail = sizes(s, spectra, [1, 2])
     order = [k for k in range(rank - 1) if k != axis] + [axis, rank - 1]
     flat = op.Reshape(op.Transpose(x, perm=order), [*[0] * (rank - 2), -1])
-    y = op.Reshape(op.MatMul(flat, op.Flatten(spectra)), join(s, np.zeros(rank - 2, np.int64), tail))
+    y = op.MatMul(flat, op.Flatten(spectra))
+    y = op.Reshape(y, join(s, np.zeros(rank - 2, np.int64), tail))
     return [op.Transpose(y, perm=[int(k) for k in np.argsort(order)])]
 
 
@@ -306,15 +320,18 @@ def short_time_fourier(s: Site) -> Outputs:
     size, entries, step, length = frame_length(s), parts(s, x), s.value(1), sizes(s, x, [1])
     if not isinstance(join(s, size, entries), np.ndarray) or size.item() > _LARGEST or step is None:
         raise Unsupported(f"frames of unknown length, or of more than {_LARGEST} samples")
-    frames = calc(s, "Add", calc(s, "Div", calc(s, "Sub", length, size), step.reshape(1)), ONE)
-    start = op.Mul(s_tensor(s, count_up(s, frames)), step)
+    room = calc(s, "Sub", length, size)
+    if isinstance(room, np.ndarray):
+        frames: Any = room // step + 1
+    else:
+        frames = op.Add(op.Div(room, step.reshape(1)), ONE)
+    start = op.Mul(as_tensor(s, count_up(s, frames)), step)
     place = op.Add(op.Unsqueeze(start, [1]), count_up(s, size))
     read = op.Gather(x, place, axis=1)
     if window is not None:
         read = op.Mul(read, op.Unsqueeze(window, [1]))
     bins = size // 2 + 1 if s.attr("onesided") else size
-    spectra = op.DFT(unit_signals(s, size, entries), None, np.int64(1))
-    matrix = op.Flatten(op.Slice(spectra, [0], bins, [1]))
+    matrix = op.Flatten(op.Slice(transformed(s, size, entries, None), [0], bins, [1]))
     y = op.MatMul(op.Reshape(read, [0, 0, -1]), matrix)
     return [op.Reshape(y, [0, 0, *bins, 2])]
 
@@ -378,8 +395,8 @@ SPELLINGS: Mapping[str, Spelling] = {
 _EXACT = frozenset(
     """
     Abs ArgMax ArgMin Clip Compress Concat DepthToSpace Equal Expand Gather GatherElements GatherND
-    Greater GreaterOrEqual Less LessOrEqual Max Min Mod NonZero OneHot Pad Relu ReduceMax ReduceMin
-    ReverseSequence ScatterElements ScatterND Sign Slice SpaceToDepth Split Tile TopK Transpose
+    Greater GreaterOrEqual Less LessOrEqual Max Min Mod NonZero OneHot Pad Relu ReverseSequence
+    ScatterElements ScatterND Sign Slice SpaceToDepth Split Tile TopK Transpose
     Trilu Where
     """.split()
 )
@@ -394,31 +411,33 @@ _WIDER = {
 
 def in_wider_type(s: Site) -> Outputs | None:
     """The operator in a type that holds all numbers of its own and has a CUDA kernel, or None."""
-    graph, node = s.graph, s.node
-    kind = s.graph.dtype(s.x())
-    dtypes = [None if t is None else t.dtype for t in s.inputs]
-    given = [t.dtype for t in s.outputs]
-    if node.op == "GridSample" and kind == np.float16:
-        wider: Sequence[Any] = (np.float32,)
-    elif node.op in _EXACT and not is_float(kind):
-        reduces = node.attrs.get("reduction", b"none") not in (b"none", "none")
-        wider = () if reduces else _WIDER[kind.itemsize]
-    else:
-        return None
-    for wide in map(np.dtype, wider):
-        changed = [wide if t == kind else t for t in dtypes], [wide if t == kind else t for t in given]
-        if placement(node.op, "", 21, bound(node.op, "", 21, *changed)) == "cuda":
-            inputs = [
-                graph.op.Cast(t, to=wide) if t is not None and t.dtype == kind else t
-                for t in s.inputs
-            ]
-            found = graph.emit(node.op, *inputs, outputs=len(s.outputs), **node.attrs)
-            results = found if isinstance(found, tuple) else (found,)
-            return [
-                graph.op.Cast(t, to=kind) if t.dtype == wide and own == kind else t
-                for t, own in zip(results, given, strict=True)
-            ]
+    node, op = s.node, s.op
+    given = [None if t is None else s.graph.dtype(t) for t in s.inputs]
+    made = [s.graph.dtype(t) for t in s.outputs]
+    for kind, wide in _widenings(node, [kind for kind in given if kind is not None]):
+        types = [[wide if t == kind else t for t in kinds] for kinds in (given, made)]
+        if placement(node.op, "", OPSET, bound(node.op, "", OPSET, *types)) != "cuda":
+            continue
+        inputs = [
+            op.Cast(t, to=wide) if t is not None and own == kind else t
+            for t, own in zip(s.inputs, given, strict=True)
+        ]
+        found = s.graph.emit(node.op, *inputs, outputs=len(made), **node.attrs)
+        results = found if isinstance(found, tuple) else (found,)
+        return [
+            op.Cast(t, to=kind) if own == kind else t for t, own in zip(results, made, strict=True)
+        ]
     return None
+
+
+def _widenings(node: Node, kinds: Sequence[np.dtype[Any]]) -> Iterator[tuple[Any, Any]]:
+    """A type among those of the inputs, and one that might stand in for it."""
+    exact = node.op in _EXACT and node.attrs.get("reduction", "none") == "none"
+    for kind in dict.fromkeys(kinds):
+        if node.op == "GridSample" and kind == np.float16:
+            yield kind, np.dtype(np.float32)
+        elif exact and kind.kind in "biu":
+            yield from ((kind, np.dtype(wide)) for wide in _WIDER[kind.itemsize])
 
 
 __all__ = ["SPELLINGS", "in_wider_type"]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto
 
-from onnx_attrib.compiler import Methods, prepare
+from onnx_attrib.compiler import Methods, finished, prepare
 from onnx_attrib.errors import OptionError
 from onnx_attrib.feeds import line
 from onnx_attrib.ir import subgraphs
@@ -37,9 +37,9 @@ from onnx_attrib.trial import Point, Trial
 TOLERANCE = 5e-3
 """Of differences and sums, relative; ten times that where the model computes in 16 bits."""
 _SAME = 1e-4
-_HALVED = 10 * 2.0**-10
-"""The same, for float32 that was computed in float16."""
 """Of outputs, relative to their largest entry: the same sums, in another order."""
+_HALVED = 10 * 2.0**-10
+"""The same, of float32 that was computed in float16."""
 _STANDARD = frozenset(("", "ai.onnx", "ai.onnx.ml"))
 
 
@@ -185,7 +185,9 @@ def _valid(model: ModelProto, source: Source | None) -> Check:
 # -- outputs ---------------------------------------------------------------------------------------
 
 
-def _unchanged(model: ModelProto, source: Source | None, points: Sequence[Point]) -> list[Check]:
+def _unchanged(
+    model: ModelProto, source: Source | None, points: Sequence[Point], limit: float
+) -> list[Check]:
     """The source's interface comes first, and its outputs have the source's values."""
     names = ("interface", "own outputs")
     if source is None:

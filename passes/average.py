@@ -13,7 +13,7 @@ output averaged over the draws' references, if the delta is asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,32 @@ from onnx_attrib import noise
 from onnx_attrib.ir import Dim, Graph, Shape, Tensor, Values, is_narrow, static
 from onnx_attrib.job import Background, Job
 from onnx_attrib.methods.base import Draws, Noise
+from onnx_attrib.passes.bound import fitted
 from onnx_attrib.passes.differentiate import full, multipliers, starts, sweep_of
 from onnx_attrib.passes.reference import captured, outermost
-from onnx_attrib.passes.stack import Stack, accumulate, copyable, stackable, zeros
+from onnx_attrib.passes.stack import (
+    Stack,
+    Step,
+    accumulate,
+    copyable,
+    row_symbol,
+    stackable,
+    zeros,
+)
 
 
 def average(job: Job) -> None:
     """Emit the mean over all draws: a Loop over groups of them, or the one group there is."""
     if job.method.draws is None:
         raise LookupError(f"method '{job.method.name}' has no draws")
-    draws = job.method.draws(job.options)
-    groups = _Groups.of(job, draws, stackable(job))
+    draws, batch = job.method.draws(job.options), stackable(job)
+
+    def trial(size: int) -> tuple[int, Step]:
+        groups = _Groups.of(job, replace(draws, chunk=size), batch)
+        return groups.size, lambda number: _Group(job, draws, groups, number).sums()
+
+    chunk = fitted(job, draws.chunk, batch, trial)
+    groups = _Groups.of(job, replace(draws, chunk=chunk), batch)
     names = job.scope.names
     start = [_wide(job.graph, draws, zeros(job.graph, t)) for t in job.scope.inputs]
     start *= 1 if draws.moment == "mean" else 2
@@ -318,7 +333,7 @@ class _Group:
 
     @property
     def _row_symbol(self) -> str:
-        return f"{self.stack.batch}_rows"
+        return row_symbol(str(self.stack.batch))
 
     def _row_axis(self, tensor: Tensor) -> int | None:
         shape = self.graph.shape(tensor) or ()

@@ -9,6 +9,7 @@ checker rejects or that cannot be brought to opset 21.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +29,7 @@ _DETACH = 1024
 """Initializers of more bytes are kept out of ONNX's own passes, which copy the whole model."""
 _FOLD = 1024
 """Constant arithmetic on at most this many elements is evaluated at compile time."""
+Sizes = list[int | str | None]
 
 
 def normalize(model: ModelProto) -> Graph:
@@ -212,7 +214,9 @@ def _constant_value(node: NodeProto) -> TensorProto | None:
 def _known(model: ModelProto) -> ModelProto:
     """Infer what can be known before run time."""
     model = _infer(model)
-    return _infer(model) if _fold(model) else model
+    while _fold(model):
+        model = _infer(model)
+    return model
 
 
 def _infer(model: ModelProto) -> ModelProto:
@@ -329,12 +333,13 @@ def _fold(model: ModelProto) -> bool:
     graph = model.graph
     values = {t.name: t for t in graph.initializer}
     shapes = {v.name: _dims(v) for v in (*graph.value_info, *graph.input)}
+    sizes: dict[str, Sizes] = {}
     outputs = {t.name for t in graph.output}
     kept, folded = [], 0
     for node in graph.node:
         results = None
         if not node.domain and not outputs.intersection(node.output):
-            results = _evaluate(node, values, shapes)
+            results = _evaluate(node, values, shapes, sizes)
         if results is None:
             kept.append(_copied(node))
             continue
@@ -352,16 +357,24 @@ def _fold(model: ModelProto) -> bool:
 def _evaluate(
     node: NodeProto,
     values: dict[str, TensorProto],
-    shapes: dict[str, list[int | str | None] | None],
+    shapes: dict[str, Sizes | None],
+    sizes: dict[str, Sizes],
 ) -> list[np.ndarray] | None:
+    """What a node makes, if it is known; ``sizes``: results of Shape of which only some are."""
     if node.op_type == "Shape":
         dims = shapes.get(node.input[0])
         if dims is None and node.input[0] in values:
             dims = list(values[node.input[0]].dims)
-        if dims is None or not all(isinstance(dim, int) for dim in dims):
+        if dims is None:
             return None
         bounds = {a.name: a.i for a in node.attribute}
-        return [np.array(dims[bounds.get("start", 0) : bounds.get("end")], np.int64)]
+        sizes[node.output[0]] = dims[bounds.get("start", 0) : bounds.get("end")]
+        return _all_known(sizes[node.output[0]])
+    if node.op_type in ("Gather", "Slice") and node.input[0] in sizes:
+        picked = sizes[node.input[0]]
+        places = numpy_helper.from_array(np.arange(len(picked)), node.input[0])
+        found = _evaluate(node, {**values, node.input[0]: places}, shapes, {})
+        return None if found is None else _all_known(np.array(picked, object)[found[0]])
     if not node.input or any(name and name not in values for name in node.input):
         return None
     if node.op_type.startswith("Random") or any(True for _ in subgraphs(node)):
@@ -378,6 +391,11 @@ def _evaluate(
     if not all(isinstance(r, np.ndarray | np.generic) and np.size(r) <= _FOLD for r in results):
         return None
     return [np.asarray(r) for r in results]
+
+
+def _all_known(sizes: Any) -> list[np.ndarray] | None:
+    known = all(isinstance(size, int) for size in np.array(sizes, object).flat)
+    return [np.array(sizes, np.int64)] if known else None
 
 
 def _one_node(node: NodeProto, operands: dict[str, TensorProto]) -> ModelProto:

@@ -12,8 +12,9 @@ seed. Raises OptionError for windows that do not fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -21,9 +22,10 @@ from onnx_attrib import noise
 from onnx_attrib.ir import Graph, Node, Tensor, is_narrow
 from onnx_attrib.job import Job
 from onnx_attrib.methods.base import Occluded, Permuted
+from onnx_attrib.passes.bound import fitted
 from onnx_attrib.passes.postprocess import samples_axis
 from onnx_attrib.passes.reference import captured
-from onnx_attrib.passes.stack import Stack, accumulate, downstream, stackable
+from onnx_attrib.passes.stack import Stack, Step, accumulate, downstream, stackable
 from onnx_attrib.passes.tiling import (
     Axis,
     Size,
@@ -64,18 +66,18 @@ def _occluded(job: Job, tensor: Tensor, how: Occluded) -> list[Tensor]:
     axes = axes_of(graph, tensor, _samples(job, tensor), how.window, how.stride)
     total = product(graph, [axis.windows for axis in axes])
     trial = _Trial.of(job, [tensor])
-    size, groups = _grouped(graph, total, how.chunk if trial.batch else 1)
 
-    def step(group: Tensor) -> list[Tensor]:
+    def step(size: int, group: Tensor) -> list[Tensor]:
         numbers, real = _numbers(graph, group, size, total)
         mask = _windows(graph, tensor, axes, numbers, real)
         changes = trial.changes({tensor.name: mask}, size)
         return [_counted(job, tensor, mask, change) for change in changes]
 
+    size, groups = trial.grouped(total, how.chunk, step)
     kind = _wide(graph, job.scope.output)
     start = graph.op.ConstantOfShape(op.Shape(tensor), value=np.zeros(1, kind))
     start.shape = tensor.shape
-    sums = accumulate(graph, groups, [start] * len(job.seeds), step)
+    sums = accumulate(graph, groups, [start] * len(job.seeds), partial(step, size))
     for axis in axes:
         if not axis.whole and (axis.window, axis.stride) != (1, 1):
             covering = op.Reshape(axis.covering(), along(graph, tensor, axis))
@@ -146,10 +148,9 @@ def _played(job: Job, players: Sequence[Tensor], how: Permuted) -> dict[str, lis
         own = _features(graph, tensor, axes[tensor.name])
         places[tensor.name] = op.Add(own, as_tensor(graph, summed(graph, counts[:i])))
     trial, total = _Trial.of(job, players), product(graph, [how.samples, features])
-    size, groups = _grouped(graph, total, how.chunk if trial.batch else 1)
     table = graph.constant(noise.keys(how.seed, _STREAM, how.samples))
 
-    def step(group: Tensor) -> list[Tensor]:
+    def step(size: int, group: Tensor) -> list[Tensor]:
         numbers, real = _numbers(graph, group, size, total)
         count = as_tensor(graph, features)
         order = op.Min(op.Div(numbers, count), how.samples - 1)
@@ -160,9 +161,10 @@ def _played(job: Job, players: Sequence[Tensor], how: Permuted) -> dict[str, lis
         last, coming = op.Equal(ranks, depth), op.Equal(ranks, op.Add(depth, 1))
         return [_credited(graph, last, coming, change) for change in trial.changes(masks, size)]
 
+    size, groups = trial.grouped(total, how.chunk, step)
     shape = op.Concat(op.Reshape(as_tensor(graph, features), [1]), trial.samples(), axis=0)
     start = op.ConstantOfShape(shape, value=np.zeros(1, _wide(graph, job.scope.output)))
-    sums = accumulate(graph, groups, [start] * len(job.seeds), step)
+    sums = accumulate(graph, groups, [start] * len(job.seeds), partial(step, size))
     values = {t.name: [_matched(job, t, total) for total in sums] for t in players}
     return {
         t.name: [
@@ -245,6 +247,22 @@ class _Trial:
     def of(job: Job, sources: Sequence[Tensor]) -> _Trial:
         region = downstream(job.graph, job.scope.dependent, sources)
         return _Trial(job, sources, region, stackable(job, sources))
+
+    def grouped(
+        self, total: Size, chunk: int, step: Callable[[int, Tensor], list[Tensor]]
+    ) -> tuple[int, Size]:
+        """How many evaluations a group has, and how many groups there are.
+
+        ``chunk``: the most that the options allow. ``step``: what a group of a size emits.
+        """
+        graph = self.job.graph
+
+        def probe(size: int) -> tuple[int, Step]:
+            actual, _ = _grouped(graph, total, size)
+            return actual, partial(step, actual)
+
+        found = fitted(self.job, chunk, self.batch, probe)
+        return _grouped(graph, total, found if self.batch else 1)
 
     def changes(self, masks: Mapping[str, Tensor], size: int) -> list[Tensor]:
         """S(x) − S(x where the masks are set: x̄) for each seed, [size, samples]."""

@@ -40,7 +40,7 @@ def place(job: Job) -> None:
             outside.sizes.update(tensor.name for tensor in node.outputs)
     for node in holders:
         proto = graph.proto(node)
-        if any([_settle(graph, body, outside) for body in subgraphs(proto)]):
+        if _settle_all(graph, subgraphs(proto), outside):
             graph.reseal(node, proto)
 
 
@@ -84,6 +84,11 @@ class _Around:
         return some and self.sizes.issuperset(rest)
 
 
+def _settle_all(graph: Graph, held: Iterable[GraphProto], outside: _Around) -> bool:
+    """Change subgraphs; whether there was anything to do in any."""
+    return sum(_settle(graph, body, outside) for body in held) > 0
+
+
 def _settle(graph: Graph, body: GraphProto, outside: _Around) -> bool:
     """Change one subgraph and those in it; whether there was anything to do."""
     own = {name: node for node in body.node for name in node.output}
@@ -98,7 +103,8 @@ def _settle(graph: Graph, body: GraphProto, outside: _Around) -> bool:
     for node in body.node:
         if not _holds(node) and here.is_of_sizes(node.op_type, node.domain, node.input):
             here.sizes.update(node.output)
-    changed = any([_settle(graph, inner, here) for node in body.node for inner in subgraphs(node)])
+    inner = (held for node in body.node for held in subgraphs(node))
+    changed = _settle_all(graph, inner, here)
     mixed = _on_host(body, here, inputs)
     first = list(_sizes_inside(graph, [body.node[i] for i in mixed], here, local))
     rest = [_clone(node) for node in body.node]

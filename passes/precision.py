@@ -27,7 +27,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx_attrib.protos import captures_of, subgraphs
 
 _FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
-_LARGEST = 65504.0
+_SMALLEST, _LARGEST = 2.0**-8, 65504.0
+"""Of the largest entry of a constant: smaller, and too much beside it would be rounded to zero."""
 _SMALL = 1024
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
@@ -110,8 +111,9 @@ class _Scope:
 
     ``multipliers``: what is computed from a seed. ``raw``: what is computed from the model's
     inputs with no layer between. ``halves``: made in float16. ``full_read`` and ``half_read``:
-    read in float32, in float16. ``plans``: by the number of a node, whether it is computed in
-    float16, and which of its operands are scaled.
+    read in float32, in float16. ``large``: moved constants out of float16's range. ``fixed``: what
+    is computed from constants with no layer between. ``plans``: by the number of a node that is
+    computed in float16, which of its operands are scaled.
     """
 
     graph: GraphProto
@@ -126,13 +128,17 @@ class _Scope:
     plans: dict[int, tuple[int, ...]] = field(default_factory=dict)
     half_names: dict[str, str] = field(default_factory=dict)
     inner: dict[int, list[_Scope]] = field(default_factory=dict)
+    large: set[str] = field(default_factory=set)
+    fixed: set[str] = field(default_factory=set)
     last: set[str] = field(default_factory=set)
     """What the last layers make, and their weights, which copies of them have too."""
 
     def __post_init__(self) -> None:
         graph, inferred = self.graph, self.inferred
         self.constants = {t.name: t for t in graph.initializer}
-        self.types = {t.name: (t.data_type, len(t.dims)) for t in graph.initializer}
+        self.types: dict[str, tuple[int, int | None]] = {
+            t.name: (t.data_type, len(t.dims)) for t in graph.initializer
+        }
         for info in (*inferred.input, *inferred.value_info, *inferred.output):
             kind = info.type.tensor_type
             rank = len(kind.shape.dim) if kind.HasField("shape") else None
@@ -176,6 +182,8 @@ class _Scope:
                 self.multipliers.update(node.output)
             if node.op_type not in _LAYERS and any(self.holds("raw", name) for name in reads):
                 self.raw.update(node.output)
+            if node.op_type not in _LAYERS and reads and all(map(self._is_fixed, reads)):
+                self.fixed.update(node.output)
             self._enter(i, node, backward)
             scaled, names = None, (*node.output, *node.input)
             if not node.domain:
@@ -186,6 +194,8 @@ class _Scope:
             floats = [name for name in node.input if name and self.is_float(name)]
             if scaled is None:
                 self._read("full_read", floats)
+                if node.op_type in _MOVES and not all(map(self._fits, floats)):
+                    self.large.update(node.output)
                 continue
             self.plans[i] = scaled
             apart = [node.input[k] for k in scaled]
@@ -239,7 +249,10 @@ class _Scope:
             return None
         if not all(self._fits(name) for name in node.input if name):
             return None
-        scaled = tuple(k for k in (0, 1) if self._wide(node.input[k]))
+        wide = [self._wide(name) for name in node.input[:2]]
+        if not any(wide) and all(map(self._is_fixed, node.input[:2])):
+            wide[0] = not self.holds("halves", node.input[0])  # the first layer, at a baseline
+        scaled = tuple(k for k in (0, 1) if wide[k])
         if not scaled:
             return ()
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -258,17 +271,30 @@ class _Scope:
         far = self.holds("multipliers", name) or self.holds("raw", name)
         return far and self.constant(name) is None and not self.holds("halves", name)
 
+    def _is_fixed(self, name: str) -> bool:
+        return self.constant(name) is not None or self.holds("fixed", name)
+
     def _light(self, node: NodeProto) -> tuple[int, ...] | None:
-        """Nothing is scaled, if a node between layers has only float16 and constants to read."""
+        """Nothing is scaled, if a node between layers has only float16 and constants to read.
+
+        What is added to float16, or joined with it, is of its size and may be rounded.
+        """
         floats = [name for name in node.input if name and self.is_float(name)]
         if node.op_type == "MaxPool" and len(node.output) > 1:
             return None  # CUDA's kernel loses indices from 2048 on
-        if not any(self.holds("halves", name) for name in floats):
+        moved = node.op_type in _MOVES and all(self.constant(name) is not None for name in floats)
+        if not floats or not (moved or any(self.holds("halves", name) for name in floats)):
             return None
         if node.op_type not in _COMPARES and not all(map(self.is_float, filter(None, node.output))):
             return None
         exact = node.op_type in _COMPARES
-        fits = (self.holds("halves", name) or self._small(name, exact) for name in floats)
+        joins = node.op_type in ("Add", "Concat")
+        fits = (
+            self.holds("halves", name)
+            or self._small(name, exact)
+            or (joins and not self._is_fixed(name) and not self._wide(name))
+            for name in floats
+        )
         return () if all(fits) else None
 
     def _small(self, name: str, exact: bool) -> bool:
@@ -280,11 +306,13 @@ class _Scope:
         return same and self._fits(name)
 
     def _fits(self, name: str) -> bool:
+        """Whether a constant, or one that was moved, is in float16's range."""
         tensor = self.constant(name)
         if tensor is None:
-            return True
+            return not self.holds("large", name)
         values = numpy_helper.to_array(tensor)
-        return not values.size or bool(np.abs(values).max() <= _LARGEST)
+        largest = float(np.abs(values).max(initial=0.0))
+        return largest == 0 or _SMALLEST <= largest <= _LARGEST
 
     # -- rewriting -------------------------------------------------------------------------------
 

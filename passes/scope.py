@@ -152,7 +152,10 @@ def _converted(graph: Graph, nodes: Sequence[Node]) -> list[tuple[Tensor, str]]:
     for node in nodes:
         reads = node.op in ("OneHot", "DequantizeLinear")
         indices = (0,) if reads else active_inputs(node, set(origin))
-        if not indices or node.inputs[indices[0]].name not in origin:
+        if not indices or indices[0] >= len(node.inputs):
+            # (What a subgraph reads from outside is its own affair.)
+            continue
+        if node.inputs[indices[0]].name not in origin:
             continue
         source = origin[node.inputs[indices[0]].name]
         for tensor in node.outputs:

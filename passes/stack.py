@@ -58,6 +58,16 @@ def stackable(job: Job, sources: Sequence[Tensor] | None = None) -> str | None:
     return batch if known and not counts_batch(graph, outside, batch) else None
 
 
+def stacked_symbol(batch: str) -> str:
+    """What the batch axis of a stack is called."""
+    return f"{batch}_stacked"
+
+
+def row_symbol(batch: str) -> str:
+    """What the axis of the rows of a background is called."""
+    return f"{batch}_rows"
+
+
 @dataclass(frozen=True)
 class Stack:
     """``size`` copies of the batch; a single one where ``batch`` is None.
@@ -77,7 +87,7 @@ class Stack:
 
     @property
     def _symbol(self) -> str:
-        return f"{self.batch}_stacked"
+        return stacked_symbol(str(self.batch))
 
     @property
     def count(self) -> Tensor:
@@ -219,4 +229,15 @@ def zeros(graph: Graph, tensor: Tensor) -> Tensor:
     return like
 
 
-__all__ = ["Stack", "accumulate", "copyable", "downstream", "loop", "stackable", "zeros"]
+__all__ = [
+    "Stack",
+    "Step",
+    "accumulate",
+    "copyable",
+    "downstream",
+    "loop",
+    "row_symbol",
+    "stackable",
+    "stacked_symbol",
+    "zeros",
+]

@@ -41,8 +41,8 @@ FOR_LAYERS_OF_RELUS = {"deep-taylor"}
 """Without biases, where only layers of weights and ReLUs have a rule: elsewhere it depends on where
 a network adds its constants."""
 LOOSE = {"lrp": 1e-4}
-"""Quotients by sums near zero amplify rounding. And one transformer adds a bias before the residual,
-the others after it: another denominator for the ε of 1e-6."""
+"""Quotients by sums near zero amplify rounding. And one transformer adds a bias before the
+residual, the others after it: another denominator for the ε of 1e-6."""
 PIPELINES = ("iris", "cancer", "wide", "diabetes", "robust")
 
 

@@ -297,7 +297,8 @@ def test_zeros_stay_zeros_and_samples_apart() -> None:
     np.testing.assert_allclose(a, [[0.25, 0.5, -1], [0, 0, 0], [1, 0, 0], [-1, 0, -0.5]])
     assert explain(np.ones((0, 3))).attributions["x"].shape == (0, 3)
     chosen = onnx_attrib.compile(source, "saliency", target="input", normalize=True)
-    outside = Explainer(chosen)._run({"x": np.ones((2, 3), "f4"), "target": np.array([0, 5])})[1]
+    feeds = {"x": np.ones((2, 3), "f4"), "target": np.array([0, 5])}
+    outside = Explainer(chosen)._runner.on_host(feeds)[1]
     assert outside[0].max() == 1
     assert np.isnan(outside[1]).all()
 

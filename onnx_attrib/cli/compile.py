@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
+from onnx import ModelProto
 
 from onnx_attrib.cli.common import (
     TargetsType,
@@ -24,6 +26,7 @@ from onnx_attrib.cli.common import (
     show_processing,
     show_targets,
 )
+from onnx_attrib.cli.reading import sizes_of
 from onnx_attrib.compiler import finished, prepare
 from onnx_attrib.errors import CompileError
 from onnx_attrib.feeds import show_shape
@@ -31,6 +34,7 @@ from onnx_attrib.inspection import behind_softmax
 from onnx_attrib.ir import Graph, Tensor
 from onnx_attrib.job import Job
 from onnx_attrib.model_io import save
+from onnx_attrib.rounding import Deviation, deviation
 
 
 @click.command(
@@ -112,6 +116,34 @@ Examples:
     help="Divide each sample's attribution by its largest |a|, after --reduce.",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(("keep", "fp16")),
+    default="keep",
+    show_default=True,
+    help="fp16: compute in float16 where that is safe, and report the deviation.",
+)
+@click.option(
+    "--provider",
+    type=click.Choice(("portable", "cuda")),
+    default="portable",
+    show_default=True,
+    help="cuda: spell operators without a CUDA kernel by others, so that nothing runs on the CPU.",
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MIB",
+    help="For methods that evaluate in chunks: the largest chunk whose activations take no more.",
+)
+@click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="Size of an open dimension, for --memory and the random inputs of --precision; may be "
+    "repeated. [default: a batch of 1 for --memory]",
+)
+@click.option(
     "--option",
     "options",
     multiple=True,
@@ -133,6 +165,10 @@ def compile_command(
     delta: bool,
     reduce: tuple[str, ...],
     normalize: bool,
+    precision: str,
+    provider: str,
+    memory: float | None,
+    dims: tuple[str, ...],
     options: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -140,7 +176,7 @@ def compile_command(
     if targets is not None and ctx.get_parameter_source("target") != ParameterSource.DEFAULT:
         raise click.UsageError("give --target or --targets, not both")
     chosen = as_mapping(chosen_methods(methods, options))
-    reduced = reductions(reduce)
+    reduced, sizes = reductions(reduce), sizes_of(dims)
     destination = _destination(model, out, "+".join(chosen))
     start = time.perf_counter()
     with progress(f"compiling {model.name}"):
@@ -155,15 +191,33 @@ def compile_command(
             delta=delta,
             reduce=reduced,
             normalize=normalize,
+            precision=precision,
+            provider=provider,
+            memory=memory,
+            dims=sizes,
         )
-        files = save(finished(job), destination)
+        proto = finished(job)
+        files = save(proto, destination)
     seconds = time.perf_counter() - start
+    accuracy = None
+    if precision != "keep":
+        with progress("measuring the deviation"):
+            accuracy = _accuracy(job, proto, sizes)
     squashed = behind_softmax(job.scope.output)
     notes = [*job.notes, *([str(squashed)] if squashed else [])]
+    made = _Made(files, len(proto.graph.node), seconds, notes, accuracy)
     if as_json:
-        print_json(_report(job, model, files, notes, seconds))
+        print_json(_report(job, model, made))
     else:
-        click.echo(_summary(job, files, notes, seconds))
+        click.echo(_summary(job, made))
+
+
+def _accuracy(job: Job, made: ModelProto, dims: dict[str, int]) -> Deviation | str:
+    """How far float16 is off, or why that could not be measured."""
+    try:
+        return deviation(job.graph.to_proto(), made, job.request.baseline, dims)
+    except CompileError as error:
+        return f"not measured: {error}"
 
 
 def _destination(model: Path, out: Path | None, methods: str) -> Path:
@@ -177,17 +231,26 @@ def _destination(model: Path, out: Path | None, methods: str) -> Path:
     return destination
 
 
-def _report(
-    job: Job, model: Path, files: list[Path], notes: list[str], seconds: float
-) -> dict[str, Any]:
-    request = job.request
+@dataclass(frozen=True)
+class _Made:
+    """What was written, and what there is to say about it."""
+
+    files: list[Path]
+    nodes: int
+    seconds: float
+    notes: list[str]
+    accuracy: Deviation | str | None
+
+
+def _report(job: Job, model: Path, made: _Made) -> dict[str, Any]:
+    request, found = job.request, made.accuracy
     target, targets = request.target, request.targets
     return {
         "source": str(model),
-        "file": str(files[-1]),
-        "files": [str(path) for path in files],
-        "bytes": sum(path.stat().st_size for path in files),
-        "seconds": round(seconds, 3),
+        "file": str(made.files[-1]),
+        "files": [str(path) for path in made.files],
+        "bytes": sum(path.stat().st_size for path in made.files),
+        "seconds": round(made.seconds, 3),
         "methods": {c.method.name: dict(c.options) for c in request.choices},
         "output": job.scope.output.name,
         "attributed": job.scope.names,
@@ -195,10 +258,12 @@ def _report(
         "targets": list(targets) if isinstance(targets, tuple) else targets,
         "reduce": {str(axis): how for axis, how in request.reduce.items()},
         "normalize": request.normalize,
-        "nodes": len(job.graph.nodes),
+        "precision": request.precision,
+        "deviation": asdict(found) if isinstance(found, Deviation) else found,
+        "nodes": made.nodes,
         "inputs": [_interface(t) for t in job.graph.inputs],
         "outputs": [_interface(t) for t in job.graph.outputs],
-        "notes": notes,
+        "notes": made.notes,
     }
 
 
@@ -211,9 +276,9 @@ def _interface(tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def _summary(job: Job, files: list[Path], notes: list[str], seconds: float) -> str:
+def _summary(job: Job, made: _Made) -> str:
     graph, request = job.graph, job.request
-    size = show_bytes(sum(path.stat().st_size for path in files))
+    size = show_bytes(sum(path.stat().st_size for path in made.files))
     described = [
         *(
             ("method", " ".join([c.method.name, *(f"{k}={v}" for k, v in c.options.items())]))
@@ -222,11 +287,12 @@ def _summary(job: Job, files: list[Path], notes: list[str], seconds: float) -> s
         ("explains", f"{_named(job.scope.output)}, {_target(job)}"),
         ("attributes", ", ".join(_named(tensor) for tensor in job.scope.inputs)),
         *((("shows", shown),) if (shown := show_processing(request)) else ()),
+        *((("float16", str(made.accuracy)),) if made.accuracy is not None else ()),
         ("inputs", ", ".join(_named(tensor) for tensor in graph.inputs)),
         ("outputs", ", ".join(_named(tensor) for tensor in graph.outputs)),
     ]
-    head = f"{files[-1]}: {len(graph.nodes)} nodes, {size}, {seconds:.1f} s"
-    return "\n".join([head, rows(described), *(f"Note: {note}" for note in notes)])
+    head = f"{made.files[-1]}: {made.nodes} nodes, {size}, {made.seconds:.1f} s"
+    return "\n".join([head, rows(described), *(f"Note: {note}" for note in made.notes)])
 
 
 def _named(tensor: Tensor) -> str:

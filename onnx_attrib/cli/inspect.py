@@ -19,6 +19,7 @@ from onnx_attrib.cli.common import (
 from onnx_attrib.feeds import show_shape
 from onnx_attrib.inspection import Inspection, Layer, TensorInfo, inspect
 from onnx_attrib.methods import get as method_named
+from onnx_attrib.placement import Placement
 from onnx_attrib.recipe import Recipe
 
 _SHOWN = 20
@@ -30,6 +31,7 @@ _SHOWN = 20
 Examples:
   onnx-attrib inspect model.onnx
   onnx-attrib inspect model.onnx --method gradient --output logits --json
+  onnx-attrib inspect compiled.onnx --provider cuda
 """,
 )
 @click.argument("model", type=click.Path(path_type=Path))
@@ -44,9 +46,21 @@ Examples:
     "--input", "inputs", multiple=True, metavar="TENSOR", help="As for compile; may be repeated."
 )
 @click.option("--output", metavar="TENSOR", help="As for compile.")
+@click.option(
+    "--provider",
+    type=click.Choice(("portable", "cuda")),
+    default="portable",
+    show_default=True,
+    help="cuda: also show what would fall back to the CPU in a CUDA session, and each copy.",
+)
 @json_option
 def inspect_command(
-    model: Path, method: str, inputs: tuple[str, ...], output: str | None, as_json: bool
+    model: Path,
+    method: str,
+    inputs: tuple[str, ...],
+    output: str | None,
+    provider: str,
+    as_json: bool,
 ) -> None:
     """Show what MODEL is made of, and whether and how it can be explained.
 
@@ -57,7 +71,7 @@ def inspect_command(
     with as_usage_error():
         chosen = method_named(method)
     with progress(f"reading {model.name}"):
-        found = inspect(model, chosen.name, inputs=inputs or None, output=output)
+        found = inspect(model, chosen.name, inputs or None, output, provider)
     if as_json:
         print_json({"file": str(model), **found.to_dict()})
     else:
@@ -75,7 +89,7 @@ def _text(found: Inspection) -> list[str]:
         *_tensors("input", found.inputs),
         *_tensors("output", found.outputs),
     ]
-    lines = [rows(facts)]
+    lines = [rows(facts), *_placement(found.placement)]
     if found.compiled is not None:
         return [*lines, "Compiled by onnx-attrib", rows(_recipe(found.compiled))]
     if found.output is not None:
@@ -99,6 +113,25 @@ def _text(found: Inspection) -> list[str]:
         if len(found.layers) > _SHOWN:
             lines.append(f"  … and {len(found.layers) - _SHOWN} more (--json lists all)")
     return lines + _verdict(found)
+
+
+def _placement(found: Placement | None) -> list[str]:
+    """Where the nodes run in a CUDA session."""
+    if found is None:
+        return []
+    runs = f"{found.cuda} nodes on CUDA"
+    if found.shapes:
+        runs += f", {found.shapes} of sizes on the CPU"
+    lines = [f"With CUDA (kernels of ONNX Runtime {found.onnxruntime}): {runs}"]
+    if found.on_cuda:
+        return [*lines, "  no fallback to the CPU, no copy between devices"]
+    for title, items in (("Falls back to the CPU", found.fallbacks), ("Copied", found.copies)):
+        if items:
+            lines.append(f"{title} ({len(items)})")
+            lines += [f"  {item}" for item in items[:_SHOWN]]
+            if len(items) > _SHOWN:
+                lines.append(f"  … and {len(items) - _SHOWN} more (--json lists all)")
+    return lines
 
 
 def _verdict(found: Inspection) -> list[str]:

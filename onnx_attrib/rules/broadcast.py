@@ -93,10 +93,16 @@ def _pick(have: Dim, want: Dim) -> Dim:
 
 def _sum_at_run_time(site: Site, m: Tensor, operand: Tensor) -> Tensor:
     """Compare both shapes in the graph, sum where they differ, drop leading axes."""
-    op = site.op
+    graph, op = site.graph, site.op
     have, want = op.Shape(m), op.Shape(operand)
-    padding = op.Expand(site.graph.constant([1], np.int64), op.Sub(op.Shape(have), op.Shape(want)))
-    aligned = op.Concat(padding, want, axis=0)
+    shapes = graph.shape(m), graph.shape(operand)
+    if shapes[0] is None or shapes[1] is None:
+        ones = op.Expand(graph.constant([1], np.int64), op.Sub(op.Shape(have), op.Shape(want)))
+        aligned = op.Concat(ones, want, axis=0)
+    else:
+        # (Arithmetic with sizes alone: nothing of it has to come to the device.)
+        extra = len(shapes[0]) - len(shapes[1])
+        aligned = op.Concat([1] * extra, want, axis=0) if extra > 0 else want
     differs = op.Not(op.Equal(have, aligned))
     axes = op.Squeeze(op.NonZero(differs), [0])
     summed = op.ReduceSum(m, axes, keepdims=1, noop_with_empty_axes=1)

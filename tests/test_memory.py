@@ -1,0 +1,184 @@
+"""memory=MIB: as many evaluations at once as fit, estimated and then measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+import onnx_attrib
+from onnx_attrib import Explainer, OptionError
+from onnx_attrib.cli import main
+from onnx_attrib.compiler import prepare
+from onnx_attrib.ir import Graph
+from onnx_attrib.memory import memory_of
+from onnx_attrib.passes.bound import peak
+
+CPU = ["CPUExecutionProvider"]
+MIB = 2**20
+HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
+
+
+def cnn(size: int, width: int, depth: int) -> ModelProto:
+    """Convolutions of one size: an activation of a sample takes 4 · width · size² bytes."""
+    rng = np.random.default_rng(0)
+    nodes, weights, last, channels = [], [], "x", 3
+    for i in range(depth):
+        w = rng.standard_normal((width, channels, 3, 3)) / np.sqrt(9 * channels)
+        weights.append(numpy_helper.from_array(w.astype(np.float32), f"w{i}"))
+        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], pads=[1, 1, 1, 1]))
+        last, channels = f"t{i}", width
+        nodes.append(helper.make_node(("Sigmoid", "Relu")[i % 2], [f"c{i}"], [last]))
+    nodes.append(helper.make_node("GlobalAveragePool", [last], ["p"]))
+    nodes.append(helper.make_node("Flatten", ["p"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "cnn",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, size, size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", width])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "integrated-gradients": {"steps": 64},
+    "smoothgrad": {"samples": 64},
+    "expected-gradients": {"samples": 64},
+    "deep-shap": {"baseline": np.zeros((64, 3, 64, 64), np.float32)},
+    "occlusion": {"window": "3,8,8", "stride": "1,4,4"},
+    "shapley-sampling": {"window": "3,16,16", "samples": 8},
+}
+
+
+def chunk_of(model: ModelProto) -> int:
+    return int(Explainer(model, CPU).options["chunk"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_run_takes(method: str, tmp_path: Path) -> None:
+    """Peaks of resident memory in a process of its own, for two bounds."""
+    source, x = cnn(64, 16, 4), np.random.default_rng(1).random((1, 3, 64, 64), np.float32)
+    chunks, taken = [], []
+    for bound in (12, 48):
+        made = onnx_attrib.compile(source, method, target=0, memory=bound, **METHODS[method])
+        onnx.save(made, tmp_path / "m.onnx")
+        measured = memory_of(str(tmp_path / "m.onnx"), {"x": x}, 1)
+        if measured is None:
+            pytest.skip("this system does not tell")
+        chunks.append(chunk_of(made))
+        taken.append(measured.run / MIB)
+        # Beside the chunk: the forward pass of one sample, and what kernels need (< 5 MiB).
+        assert taken[-1] < bound + 5
+    assert 2.5 < chunks[1] / chunks[0] < 6
+    assert taken[0] > 12 / 3
+    assert taken[1] > 48 / 3
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "deep-shap", "occlusion"])
+def test_the_result_is_the_same(method: str) -> None:
+    source = cnn(8, 4, 2)
+    options: dict[str, Any] = {
+        "integrated-gradients": {"steps": 9},
+        "deep-shap": {"baseline": np.random.default_rng(2).random((7, 3, 8, 8), np.float32)},
+        "occlusion": {"window": "3,2,2"},
+    }[method]
+    x = np.random.default_rng(3).random((3, 3, 8, 8), np.float32)
+    expected = Explainer(onnx_attrib.compile(source, method, **options), CPU)(x, target=1)
+    for memory in (0.001, 0.02, 1000):
+        made = onnx_attrib.compile(source, method, memory=memory, **options)
+        found = Explainer(made, CPU)(x, target=1)
+        np.testing.assert_allclose(
+            found.attributions["x"], expected.attributions["x"], rtol=1e-4, atol=1e-7
+        )
+
+
+def test_the_batch_counts() -> None:
+    source = cnn(32, 8, 3)
+    one = onnx_attrib.compile(source, "smoothgrad", samples=1000, memory=8)
+    four = onnx_attrib.compile(source, "smoothgrad", samples=1000, memory=8, dims={"N": 4})
+    assert 3 <= chunk_of(one) / chunk_of(four) <= 5
+    assert chunk_of(onnx_attrib.compile(source, "smoothgrad", samples=10, memory=9999)) == 10
+
+
+def test_one_evaluation_is_the_least() -> None:
+    job = prepare(cnn(32, 8, 3), "integrated-gradients", memory=0.01)
+    assert job.request.choices[0].options["chunk"] == 1
+    assert any("one evaluation takes about" in note for note in job.notes)
+
+
+def test_several_methods_have_chunks_of_their_own() -> None:
+    made = onnx_attrib.compile(
+        cnn(32, 8, 3), {"integrated-gradients": {}, "occlusion": {}, "gradient": {}}, memory=2
+    )
+    options = Explainer(made, CPU).options
+    assert options["integrated-gradients"]["chunk"] != 10
+    assert options["occlusion"]["chunk"] > options["integrated-gradients"]["chunk"]
+
+
+OPEN = f"""{HEAD} g (float[N, T] x) => (float[N, T] y) {{ h = Sin (x)  y = Tanh (h) }}"""
+
+
+def test_open_dimensions() -> None:
+    source = onnx.parser.parse_model(OPEN)
+
+    def chunk(dims: Mapping[str, int]) -> int:
+        return chunk_of(
+            onnx_attrib.compile(
+                source, "integrated-gradients", target=0, memory=1, dims=dims, steps=10**4
+            )
+        )
+
+    assert 90 < chunk({"T": 10}) / chunk({"T": 1000}) < 110
+    with pytest.raises(OptionError, match=r"size of 'T': give it \(--dim T=SIZE\)"):
+        chunk({})
+    with pytest.raises(OptionError, match="no open dimension 'M'"):
+        chunk({"M": 3, "T": 5})
+
+
+def test_refused() -> None:
+    source = cnn(8, 4, 2)
+    with pytest.raises(OptionError, match="memory is for methods that evaluate in chunks: integ"):
+        onnx_attrib.compile(source, "deeplift", memory=10)
+    with pytest.raises(OptionError, match="memory must be a number of MiB above 0"):
+        onnx_attrib.compile(source, "occlusion", memory=0)
+
+
+def test_command(tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(OPEN), tmp_path / "m.onnx")
+    command = ["compile", str(tmp_path / "m.onnx"), "--method", "smoothgrad", "--target", "0"]
+    command += ["--memory", "0.01", "--json"]
+    done = CliRunner().invoke(main, [*command, "--dim", "T=100"])
+    assert done.exit_code == 0, done.output
+    assert 1 <= json.loads(done.output)["methods"]["smoothgrad"]["chunk"] < 5
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1
+    assert "--dim T=SIZE" in done.output
+
+
+def test_live_tensors() -> None:
+    """Counted by hand: x → a = exp x, b = exp a, c = a + b, d = view of c, e = exp d."""
+    text = f"""{HEAD} g (float[N, 4] x, int64 i) => (float[N, 4] e) <int64[2] to = {{-1, 4}}> {{
+        a = Exp (x)  b = Exp (a)  c = Add (a, b)  d = Reshape (c, to)  e = Exp (d) }}"""
+    model = onnx.parser.parse_model(text.replace(": 17", ": 21"))
+    graph = Graph(onnx.shape_inference.infer_shapes(model))
+    number, (end,) = graph.inputs[1], graph.outputs
+    sizes = {"N": 10}
+    # Before the Loop a and the others would stay only if a step read them: none does.
+    assert peak(graph, graph.nodes, [end], number, sizes) == 3 * 160
+    # Were x what changes: the same. Were it i that the first node reads, nothing would differ.
+    assert peak(graph, graph.nodes, [end], graph.inputs[0], sizes) == 3 * 160
+    # If only the last node depended on the step, c (through its view) would stay beside e.
+    last = graph.nodes[-1]
+    last.inputs = [last.inputs[0]]
+    graph.nodes[-1].op = "Add"
+    last.inputs = [last.inputs[0], number]
+    assert peak(graph, graph.nodes, [end], number, sizes) == 3 * 160
+    assert peak(graph, graph.nodes[:3], [end], number, {"N": 20}) == 3 * 320
