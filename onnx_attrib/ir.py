@@ -307,6 +307,18 @@ class Graph:
             self._constants[key] = self._new_constant(array)
         return self._constants[key]
 
+    def number(self, count: Tensor, dtype: Any) -> Tensor:
+        """A count (int64, one entry) that is known at run time, as a float [].
+
+        A Cast would leave it with the sizes, on the CPU, and every use of it elsewhere be a copy;
+        a Range reads its ends there and writes where it is used.
+        """
+        start = count if self.shape(count) == () else self.op.Reshape(count, np.zeros(0, np.int64))
+        alone = self.op.Range(start, self.op.Add(start, 1), self.constant(1, np.int64))
+        alone.shape = [1]
+        result: Tensor = self.op.Squeeze(self.op.Cast(alone, to=np.dtype(dtype)), [0])
+        return result
+
     def _new_constant(self, array: np.ndarray) -> Tensor:
         tensor = gs.Constant(self.fresh("attrib/constant"), np.ascontiguousarray(array).copy())
         # ascontiguousarray promotes rank 0 to rank 1.

@@ -15,7 +15,7 @@ Repeats what ONNX Runtime does with the nodes when it loads a model, graph by gr
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -190,7 +190,7 @@ class _Level:
         if kernels.placement(node.op_type, domain, opset, types) != "cuda":
             if kernels.placement(node.op_type, domain, opset) != "cuda":
                 return "no CUDA kernel"
-            named = dict.fromkeys(str(t) for t in types.values())
+            named = dict.fromkeys(str(t) for t in inputs if t is not None)
             return f"no CUDA kernel for {', '.join(named)}"
 
         def attribute(name: str) -> Any:
@@ -221,7 +221,7 @@ class _Level:
         """Nodes with a CUDA kernel that ONNX Runtime keeps on the CPU: arithmetic with sizes."""
         readers: dict[str, list[int]] = {}
         for i, node in enumerate(self.nodes):
-            for name in _read(node):
+            for name in node.input:
                 readers.setdefault(name, []).append(i)
         host, waiting = set[str](), list[int]()
         for i, node in enumerate(self.nodes):
@@ -233,11 +233,13 @@ class _Level:
         seen, kept = set[int](), set[int]()
         while waiting:
             i = heapq.heappop(waiting)
-            if i in seen or self.reasons[i] is not None:
+            if i in seen:
                 continue
             seen.add(i)
-            if self._stays(self.nodes[i], host):
-                kept.add(i)
+            on_cpu = self.reasons[i] is not None
+            if on_cpu or self._stays(self.nodes[i], host):
+                if not on_cpu:
+                    kept.add(i)
                 for name in self.nodes[i].output:
                     host.add(name)
                     for reader in readers.get(name, ()):
@@ -284,12 +286,6 @@ class _Level:
             if name and there and (here or not given):
                 direction: Literal["to host", "from host"] = "to host" if cuda else "from host"
                 self.result.copies.append(Copy(direction, name, maker, tuple(there)))
-
-
-def _read(node: NodeProto) -> Iterator[str]:
-    yield from (name for name in node.input if name)
-    for inner in subgraphs(node):
-        yield from captured_names(inner)
 
 
 def _entries(kind: TypeProto | None) -> int | None:

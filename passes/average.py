@@ -217,7 +217,7 @@ class _Group:
         if isinstance(groups.total, int):
             weights = self.draws.weights or (1 / groups.total,) * groups.total
             return groups.table(graph, self.number, weights, dtype, 0)
-        each = self.op.Reciprocal(self.op.Cast(groups.total, to=dtype))
+        each = self.op.Reciprocal(graph.number(groups.total, dtype))
         return self.op.Expand(each, self.op.Shape(self.numbers))
 
     def _sum(self, values: Tensor, weights: Tensor, like: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def fitted(job: Job, chunk: int, batch: str | None, trial: Trial) -> int:
             f"{job.method.name}: one evaluation takes about {(fixed + each) / _MIB:.1f} MiB, more "
             f"than the {bound:g} MiB asked for"
         )
-    found = max(1, math.floor(room))
+    found, _ = trial(max(1, math.floor(room)))
     options = {**job.options, "chunk": min(found, job.fitted or found)}
     job.fitted = options["chunk"]
     job.choice = replace(job.choice, options=options)

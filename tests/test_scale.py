@@ -46,9 +46,10 @@ def plain(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("method", ["gradient", pytest.param("deeplift", marks=pytest.mark.slow)])
 def test_ten_thousand_nodes(method: str) -> None:
     source = chain(10_000)
-    start = time.perf_counter()
+    # Of the processor, which others may share.
+    start = time.process_time()
     compiled = onnx_attrib.compile(source, method, target=0)
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 30
     x = np.array([[0.5, -0.5, 1, 2]], np.float32)
     y, attribution = plain(compiled, x)
     assert np.isfinite(attribution).all()
@@ -66,9 +67,9 @@ def test_one_tensor_with_ten_thousand_readers() -> None:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    start = time.perf_counter()
+    start = time.process_time()
     compiled = onnx_attrib.compile(model, "gradient", target=0)
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 30
     x = np.array([[0.5, -0.5]], np.float32)
     result = plain(compiled, x)[1]
     np.testing.assert_allclose(result, [[1e4 * (1 - np.tanh(0.5) ** 2), 0]], rtol=1e-4)

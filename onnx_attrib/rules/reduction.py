@@ -61,7 +61,7 @@ def mean_pull(s: Site, i: int) -> Tensor:
         if isinstance(count, np.ndarray):
             return op.Mul(m, 1.0 / float(np.prod(count)))
     total = op.Div(op.Size(s.x()), op.Max(op.Size(s.y), np.int64(1)))
-    return op.Div(m, op.Cast(total, to=s.graph.dtype(m)))
+    return op.Div(m, s.graph.number(total, s.graph.dtype(m)))
 
 
 add(Linear(op="ReduceSum", pull=lambda s, i: kept(s, s.m), blocked=DATA_ONLY, positive=True))

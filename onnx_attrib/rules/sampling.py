@@ -66,7 +66,7 @@ def as_float(s: Site, count: Any, kind: np.dtype[Any]) -> Tensor:
     """A count (a vector of one entry) as a number of that type."""
     if isinstance(count, np.ndarray):
         return s.graph.constant(count.reshape(()).astype(kind))
-    return s.op.Cast(s.op.Squeeze(count, [0]), to=kind)
+    return s.graph.number(count, kind)
 
 
 # -- the taps of a grid ----------------------------------------------------------------------------
