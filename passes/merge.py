@@ -214,9 +214,7 @@ def _late(
     return found
 
 
-def _per_channel(
-    graph: Graph, channel: int, y: Tensor, node: Node, other: Tensor
-) -> Tensor | None:
+def _per_channel(graph: Graph, channel: int, y: Tensor, node: Node, other: Tensor) -> Tensor | None:
     """A constant operand as one number for each channel, [channels] or [1]; None if it is not."""
     value, shape = graph.value(other), graph.shape(y)
     if value is None or shape is None or graph.shape(node.outputs[0]) != shape:
