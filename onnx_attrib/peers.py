@@ -153,7 +153,7 @@ def _required(name: str, package: str) -> Any:
 
 def _converted(model: ModelProto) -> Any:
     try:
-        from onnx2torch import convert  # type: ignore[import-not-found, unused-ignore]
+        from onnx2torch import convert
     except ImportError as error:
         raise RuntimeMissingError(
             "a comparison with captum needs the network as a torch module: give --module, or "

@@ -303,7 +303,7 @@ class _Promise:
         """What the method makes of a multiplier."""
         wide = x.astype(np.float64)
         base = None if reference is None else reference.astype(np.float64)
-        reported: Any = self.method.attribution(_NUMPY, m, wide, base)  # type: ignore[arg-type]
+        reported: Any = self.method.attribution(_NUMPY, m, wide, base)
         return np.asarray(reported, np.float64)
 
     def _along(
@@ -452,7 +452,7 @@ class _Numpy:
     Abs, Neg, Max = np.abs, np.negative, np.maximum
 
 
-_NUMPY = _Numpy()
+_NUMPY: Any = _Numpy()
 
 
 __all__ = ["Check", "Status", "promises"]

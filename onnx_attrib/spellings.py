@@ -356,7 +356,7 @@ class _Whole:
 
 def recurrent(s: Site) -> Outputs:
     """RNN, GRU or LSTM as a Scan over its cell."""
-    return definition(_Whole(), s)[0]  # type: ignore[arg-type]
+    return definition(_Whole(), s)[0]
 
 
 SPELLINGS: Mapping[str, Spelling] = {

@@ -13,7 +13,7 @@ from onnx.reference.op_run import OpRun
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class _Stated(OpRun):  # type: ignore[misc]
+class _Stated(OpRun):
     """Reads what the node states; defaults are written where they are used."""
 
     op_domain = ""

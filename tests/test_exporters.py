@@ -37,12 +37,16 @@ FOR_CONVOLUTIONS = {
     *("deconvnet", "guided-backprop"),
     *("grad-cam", "grad-cam++", "layer-cam", "guided-grad-cam"),
 }
-FOR_LAYERS_OF_RELUS = {"deep-taylor"}
-"""Without biases, where only layers of weights and ReLUs have a rule: elsewhere it depends on where
-a network adds its constants."""
-LOOSE = {"lrp": 1e-4}
-"""Quotients by sums near zero amplify rounding. And one transformer adds a bias before the
-residual, the others after it: another denominator for the ε of 1e-6."""
+CONSTANTS = "without biases, relevance depends on where a network adds its constants"
+ROUNDING = "quotients by sums near zero amplify rounding"
+OFF = {
+    ("cnn", "jax", "lrp"): ROUNDING,
+    ("lstm", "jax", "lrp"): ROUNDING,
+    ("transformer", "keras", "lrp"): "a bias is added after the residual here, before it there",
+    ("lstm", "jax", "deep-taylor"): CONSTANTS,
+    **{("transformer", chain, "deep-taylor"): CONSTANTS for chain in CHAINS[1:]},
+}
+"""Where exporters do not agree within 1e-5, and why."""
 PIPELINES = ("iris", "cancer", "wide", "diabetes", "robust")
 
 
@@ -69,13 +73,7 @@ def attribution(model: ModelProto, method: str, network: str) -> tuple[Array, Ar
     """The logits, and the attributions of class 1 for the first sample and 2 for the second."""
     info = next(i for i in onnx_attrib.methods() if i.name == method)
     options: dict[str, Any] = {"baseline": "input"} if info.needs_reference else {}
-    try:
-        compiled = onnx_attrib.compile(model, method=method, target="input", **options)
-    except onnx_attrib.CompileError as refusal:
-        if network == "cnn" or method not in FOR_CONVOLUTIONS:
-            raise
-        # There is no ReLU or no convolution, whichever chain wrote it.
-        pytest.skip(str(refusal))
+    compiled = onnx_attrib.compile(model, method=method, target="input", **options)
     numeric.check_graph(compiled)
     x, baseline = sample(network)
     name = model.graph.input[0].name
@@ -91,15 +89,21 @@ def attribution(model: ModelProto, method: str, network: str) -> tuple[Array, Ar
 @pytest.mark.parametrize("chain", CHAINS[1:])
 @pytest.mark.parametrize("network", SAMPLES)
 def test_exporters_agree(network: str, chain: str, method: str) -> None:
-    if method in FOR_LAYERS_OF_RELUS and network != "cnn":
-        pytest.skip("not defined for this kind of network")
+    if method in FOR_CONVOLUTIONS and network != "cnn":
+        # There is no ReLU or no convolution, whichever chain wrote it.
+        for one in (CHAINS[0], chain):
+            with pytest.raises(onnx_attrib.CompileError):
+                onnx_attrib.compile(load(f"{network}_{one}"), method=method)
+        return
     logits, expected = attribution(load(f"{network}_{CHAINS[0]}"), method, network)
     others, found = attribution(load(f"{network}_{chain}"), method, network)
     np.testing.assert_allclose(others, logits, 1e-4, 1e-5)
     largest = np.abs(expected).max()
     assert largest > 0
     error = float(np.abs(found - expected).max() / largest)
-    assert error <= LOOSE.get(method, 1e-5), f"off by {error:.3g} of the largest entry"
+    if error > 1e-5 and (network, chain, method) in OFF:
+        pytest.xfail(f"off by {error:.3g} of the largest entry: {OFF[network, chain, method]}")
+    assert error <= 1e-5, f"off by {error:.3g} of the largest entry"
 
 
 @pytest.mark.parametrize("name", PIPELINES)

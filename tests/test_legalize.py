@@ -43,8 +43,8 @@ def legal(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph: Graph = normalize(copy)
-    job = SimpleNamespace(graph=graph, request=SimpleNamespace(provider="cuda"), notes=[])
-    legalize(job)  # type: ignore[arg-type]
+    job: Any = SimpleNamespace(graph=graph, request=SimpleNamespace(provider="cuda"), notes=[])
+    legalize(job)
     graph.sort()
     graph.nodes[:] = graph.prune(graph.nodes, graph.outputs)
     result = graph.to_proto()

@@ -11,6 +11,7 @@ import click
 
 from onnx_attrib.bench import PROVIDERS, Case, PeerRow, Quartiles, Row, bench
 from onnx_attrib.cli.common import (
+    Parameter,
     TargetType,
     as_mapping,
     chosen_methods,
@@ -44,7 +45,7 @@ _OPERATORS = 12
 """Lines of a profile."""
 
 
-class Counts(click.ParamType):  # type: ignore[type-arg]
+class Counts(Parameter):
     """Whole numbers from 1 with commas between them."""
 
     name = "counts"

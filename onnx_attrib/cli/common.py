@@ -70,7 +70,12 @@ def forgiving_streams() -> None:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-class TargetType(click.ParamType):  # type: ignore[type-arg]
+# click's stubs make this class generic from 8.4 on; in 8.2 it takes no argument at run time.
+class Parameter(click.ParamType):  # type: ignore[type-arg]
+    """What the kinds of arguments here derive from."""
+
+
+class TargetType(Parameter):
     """``input``, ``argmax``, ``seed``, an index, or indices with commas between them."""
 
     name = "target"
@@ -96,7 +101,7 @@ class TargetType(click.ParamType):  # type: ignore[type-arg]
         return indices[0] if len(indices) == 1 else indices
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg]
+class Numbers(Parameter):
     """Numbers with commas between them."""
 
     name = "numbers"
@@ -130,7 +135,7 @@ def number_or_text(text: str) -> float | str:
         return text
 
 
-class TargetsType(click.ParamType):  # type: ignore[type-arg]
+class TargetsType(Parameter):
     """``topK``, or classes with commas between them."""
 
     name = "targets"

@@ -319,7 +319,14 @@ class Composite(Rule):
     moves: bool = False
 
 
-class Walker(Protocol):
+class Sharer(Protocol):
+    """What a definition asks of whoever goes through it."""
+
+    def share(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> list[Node]:
+        """``nodes``, sorted, without those that compute what an earlier one does."""
+
+
+class Walker(Sharer, Protocol):
     """What a structured rule may ask of the sweep: to go on inside, by the same method."""
 
     def through(
@@ -339,9 +346,6 @@ class Walker(Protocol):
 
     def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
         """Names of the tensors that ``roots`` reach through differentiable operators."""
-
-    def share(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> list[Node]:
-        """``nodes``, sorted, without those that compute what an earlier one does."""
 
     def note(self, message: str) -> None:
         """Tell the user something about the result."""

@@ -16,6 +16,7 @@ from onnx import GraphProto, NodeProto, helper
 
 from onnx_attrib.ir import Graph, Node, Shape, Tensor, bodies, is_float, operands, subgraphs
 from onnx_attrib.rules.base import (
+    Sharer,
     Site,
     Structured,
     Unsupported,
@@ -419,7 +420,7 @@ class Reverse:
 
 
 def live(
-    walker: Walker, graph: Graph, nodes: Sequence[Node], results: Sequence[Tensor]
+    walker: Sharer, graph: Graph, nodes: Sequence[Node], results: Sequence[Tensor]
 ) -> list[Node]:
     """``nodes``, sorted, without what repeats and what no result needs."""
     return graph.prune(walker.share(nodes, results), results)

@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 
 from onnx_attrib.ir import Shape, Tensor
-from onnx_attrib.rules.base import Site, Structured, Unsupported, Walker, add
+from onnx_attrib.rules.base import Sharer, Site, Structured, Unsupported, Walker, add
 from onnx_attrib.rules.control_flow import live, producer
 from onnx_attrib.rules.scan import Carried, Stacked, Track, emit_scan
 
@@ -295,7 +295,7 @@ def _zeros(s: Site, x: Tensor) -> Tensor:
 # -- the definition, and what the fast operator knows of it ----------------------------------------
 
 
-def steps(walker: Walker, s: Site, d: Direction) -> list[Tensor]:
+def steps(walker: Sharer, s: Site, d: Direction) -> list[Tensor]:
     """The Scan: the final states, their values [T, N, H] before every step, then those after."""
     graph, cell = s.graph, KINDS[s.node.op].cell
     formals = [_formal(s, "state", state) for state in d.states]
@@ -313,7 +313,7 @@ def steps(walker: Walker, s: Site, d: Direction) -> list[Tensor]:
     return emit_scan(graph, nodes, tracks, carried, stacked)
 
 
-def definition(walker: Walker, s: Site) -> tuple[list[Tensor], list[list[Tensor]]]:
+def definition(walker: Sharer, s: Site) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Y, Y_h and Y_c, and by direction what :func:`steps` returns."""
     op, traces = s.op, list[list[Tensor]]()
     wholes, ends = list[Tensor](), list[list[Tensor]]()
