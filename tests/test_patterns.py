@@ -327,6 +327,7 @@ def test_command(inside: Path) -> None:
         (["--data", "nowhere.npy"], "No such file"),
         (["--data", "digits.npy", "-o", "p.txt"], "writes .npz files"),
         (["--data", "imag=digits.npy"], "image"),
+        (["--data", "digits.npy", "--scale", "1,2"], "--scale is one number"),
     ],
 )
 def test_command_refuses(arguments: list[str], message: str, inside: Path) -> None:

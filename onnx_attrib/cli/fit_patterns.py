@@ -10,11 +10,11 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from onnx_attrib.cli.common import Numbers, json_option, print_json, show_bytes, write_whole
-from onnx_attrib.cli.reading import Reader, single
+from onnx_attrib.cli.common import json_option, print_json, show_bytes, write_whole
+from onnx_attrib.cli.reading import Reader, pixel_options, single
 from onnx_attrib.errors import OptionError, suggest
 from onnx_attrib.feeds import Array, Port
-from onnx_attrib.images import PRESETS, load_arrays
+from onnx_attrib.images import load_arrays
 from onnx_attrib.ir import Graph
 from onnx_attrib.model_io import load
 from onnx_attrib.passes.normalize import normalize
@@ -47,7 +47,8 @@ Examples:
   onnx-attrib compile cnn.onnx --method pattern-attribution --option patterns=cnn.patterns.npz
 
 Kindermans et al. 2017. Data that the model was trained on is best; a few thousand samples are a
-good start. An .npy file is read batch by batch and may be larger than the memory.
+good start. A pixel p becomes (p · scale − mean) / std; without these options arrays are fed as
+they are. An .npy file is read batch by batch and may be larger than the memory.
 """,
 )
 @click.argument("model", type=click.Path(path_type=Path))
@@ -76,16 +77,7 @@ good start. An .npy file is read batch by batch and may be larger than the memor
     help="Samples evaluated together.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="How pixels are scaled.")
-@click.option("--mean", type=Numbers(), help="Subtracted after scaling; one, or one a channel.")
-@click.option("--std", type=Numbers(), help="Divided by; one, or one a channel.")
-@click.option("--scale", type=Numbers(), metavar="NUMBER", help="Multiplies pixels, such as 1/255.")
-@click.option(
-    "--layout",
-    type=click.Choice(["auto", "nchw", "nhwc"]),
-    default="auto",
-    help="Where an image input has its channels.",
-)
+@pixel_options
 @json_option
 def fit_patterns_command(
     model: Path,
@@ -98,7 +90,7 @@ def fit_patterns_command(
     preset: str | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
-    scale: tuple[float, ...] | None,
+    scale: float | None,
     layout: Literal["auto", "nchw", "nhwc"],
     as_json: bool,
 ) -> None:
@@ -109,7 +101,7 @@ def fit_patterns_command(
     reader = Reader(
         layout=None if layout == "auto" else layout,
         preset=preset,
-        changes=(None if scale is None else scale[0], mean, std),
+        changes=(scale, mean, std),
     )
     given = normalize(load(model)[0]).inputs
     ports = {t.name: Port(t.name, Graph.dtype(t), Graph.shape(t) or ()) for t in given}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from onnx_attrib.cli.common import as_usage_error, note, number_or_text
+from onnx_attrib.cli.common import Numbers, as_usage_error, note, number_or_text
 from onnx_attrib.errors import OptionError, suggest
 from onnx_attrib.feeds import Array, Port, fit, show_shape
 from onnx_attrib.images import (
@@ -29,6 +29,46 @@ from onnx_attrib.model_io import load
 from onnx_attrib.recipe import Recipe
 from onnx_attrib.runtime import Explainer
 from onnx_attrib.session import onnxruntime, open_session, port_of
+
+
+def _one(
+    ctx: click.Context, param: click.Parameter, value: tuple[float, ...] | None
+) -> float | None:
+    if value is not None and len(value) != 1:
+        raise click.UsageError("--scale is one number")
+    return None if value is None else value[0]
+
+
+_PIXELS = (
+    click.option(
+        "--preset",
+        type=click.Choice(list(PRESETS)),
+        help="How pixels are scaled. [default: see below]",
+    ),
+    click.option("--mean", type=Numbers(), help="Subtracted after scaling; one, or one a channel."),
+    click.option("--std", type=Numbers(), help="Divided by; one, or one a channel."),
+    click.option(
+        "--scale",
+        type=Numbers(),
+        callback=_one,
+        metavar="NUMBER",
+        help="Multiplies pixels, such as 1/255.",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["auto", "nchw", "nhwc"]),
+        default="auto",
+        show_default=True,
+        help="Where an image input has its channels.",
+    ),
+)
+
+
+def pixel_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how pixels become a model's input."""
+    for option in reversed(_PIXELS):
+        command = option(command)
+    return command
 
 
 @dataclass(frozen=True)

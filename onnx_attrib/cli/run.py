@@ -10,7 +10,6 @@ import numpy as np
 
 from onnx_attrib import plot
 from onnx_attrib.cli.common import (
-    Numbers,
     TargetType,
     json_option,
     note,
@@ -18,9 +17,9 @@ from onnx_attrib.cli.common import (
     progress,
     write_whole,
 )
-from onnx_attrib.cli.reading import Reader, read_labels, single
+from onnx_attrib.cli.reading import Reader, pixel_options, read_labels, single
 from onnx_attrib.cli.report import Report
-from onnx_attrib.images import PRESETS, load_arrays
+from onnx_attrib.images import load_arrays
 from onnx_attrib.recipe import Recipe
 from onnx_attrib.runtime import Explainer, Explanation
 
@@ -74,19 +73,7 @@ Arrays are fed as they are unless one of these options is given.
     metavar="FILE",
     help="Draw input and attribution (.png, .pdf, .svg): red for, blue against.",
 )
-@click.option(
-    "--preset", type=click.Choice(list(PRESETS)), help="How pixels are scaled. [default: see below]"
-)
-@click.option("--mean", type=Numbers(), help="Subtracted after scaling; one, or one a channel.")
-@click.option("--std", type=Numbers(), help="Divided by; one, or one a channel.")
-@click.option("--scale", type=Numbers(), metavar="NUMBER", help="Multiplies pixels, such as 1/255.")
-@click.option(
-    "--layout",
-    type=click.Choice(["auto", "nchw", "nhwc"]),
-    default="auto",
-    show_default=True,
-    help="Where an image input has its channels.",
-)
+@pixel_options
 @click.option("--crop", is_flag=True, help="Cut images to the input's shape; else they stretch.")
 @json_option
 def run_command(
@@ -101,7 +88,7 @@ def run_command(
     preset: str | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
-    scale: tuple[float, ...] | None,
+    scale: float | None,
     layout: Literal["auto", "nchw", "nhwc"],
     crop: bool,
     as_json: bool,
@@ -109,8 +96,6 @@ def run_command(
     """Run a COMPILED model on files: print the prediction, write and draw the attribution."""
     if out is not None and out.suffix.lower() != ".npz":
         raise click.UsageError(f"-o writes .npz files, not '{out.name}'")
-    if scale is not None and len(scale) != 1:
-        raise click.UsageError("--scale is one number")
     if picture is not None:
         plot.require()
     names = read_labels(labels) if labels else {}
@@ -120,7 +105,7 @@ def run_command(
         metadata=explain.metadata,
         layout=None if layout == "auto" else layout,
         preset=preset,
-        changes=(scale[0] if scale else None, mean, std),
+        changes=(scale, mean, std),
         crop=crop,
     )
     loaded = reader.inputs(explain.inputs, inputs)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,15 +86,10 @@ pattern_net = Method(
     weights="patterns",
 )
 
-pattern_attribution = Method(
+pattern_attribution = replace(
+    pattern_net,
     name="pattern-attribution",
     summary="S(x) sent back along weights × patterns: what the signal contributes",
     g="f'(z), with weights × patterns for weights",
-    paper=PAPER,
-    table=lambda options: GRADIENT,
-    attribution=lambda op, m, x, reference: m,
-    options=OPTIONS,
-    starts="value",
-    merges=True,
     weights="weighted-patterns",
 )
