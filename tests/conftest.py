@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import textwrap
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from .command import MLP, SMALL, succeeds, write
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="another number, other random cases (each test draws from its own stream)",
+    )
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers of this test: the same in every run with the same --seed."""
+    name = zlib.crc32(request.node.nodeid.encode())
+    return np.random.default_rng([request.config.getoption("--seed"), name])
 
 
 @pytest.fixture

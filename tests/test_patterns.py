@@ -83,8 +83,7 @@ def forward(w: dict[str, Array], x: Array) -> list[Array]:
     return [a1, a2, 0.5 * np.maximum(a2, 0) @ w["w3"]]
 
 
-def test_dense_layers() -> None:
-    rng = np.random.default_rng()
+def test_dense_layers(rng: np.random.Generator) -> None:
     model, w = dense(rng)
     x = rng.normal(size=(60, 6)).astype(np.float32)
     a1, a2, y = forward(w, np.float64(x))
@@ -103,8 +102,7 @@ def test_dense_layers() -> None:
 
 
 @pytest.mark.parametrize("method", ["pattern-net", "pattern-attribution"])
-def test_backward_through_dense_layers(method: str) -> None:
-    rng = np.random.default_rng()
+def test_backward_through_dense_layers(method: str, rng: np.random.Generator) -> None:
     model, w = dense(rng)
     x = rng.normal(size=(4, 6)).astype(np.float32)
     p = {k: rng.normal(size=w[k].shape).astype(np.float32) for k in ("w1", "w2", "w3")}
@@ -122,8 +120,9 @@ def test_backward_through_dense_layers(method: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "stride", "pad"), [(1, 1, 1), (2, 2, 0), (4, 1, 1)])
-def test_convolution_with_normalization_and_pool(group: int, stride: int, pad: int) -> None:
-    rng = np.random.default_rng()
+def test_convolution_with_normalization_and_pool(
+    group: int, stride: int, pad: int, rng: np.random.Generator
+) -> None:
     w = rng.normal(size=(8, 4 // group, 3, 3))
     gain, shift, mean = rng.normal(size=(3, 8))
     variance = rng.uniform(0.5, 2, size=8)
@@ -174,9 +173,8 @@ def test_convolution_with_normalization_and_pool(group: int, stride: int, pad: i
     np.testing.assert_allclose(result["x_attribution"], signal, atol=1e-4 * abs(signal).max())
 
 
-def test_the_papers_linear_example() -> None:
+def test_the_papers_linear_example(rng: np.random.Generator) -> None:
     """x = s·y + d·ε with s = (1, 0) and d = (1, 1): the weight is (1, −1), the pattern (1, 0)."""
-    rng = np.random.default_rng()
     y, noise = rng.uniform(0.5, 2, size=(2, 5000))
     x = np.outer(y, [1, 0]) + np.outer(noise - noise.mean(), [1, 1])
     weights = {"w": np.array([[1.0], [-1.0]])}
@@ -185,8 +183,7 @@ def test_the_papers_linear_example() -> None:
     np.testing.assert_allclose(found, [[1], [0]], atol=0.05)
 
 
-def test_batches_make_no_difference() -> None:
-    rng = np.random.default_rng()
+def test_batches_make_no_difference(rng: np.random.Generator) -> None:
     model, _ = dense(rng)
     x = rng.normal(size=(50, 6)).astype(np.float32)
     whole, parts = (onnx_attrib.fit_patterns(model, x, batch=size) for size in (50, 3))
@@ -194,8 +191,7 @@ def test_batches_make_no_difference() -> None:
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-3, atol=1e-4)
 
 
-def test_shared_weights_pool_their_statistics() -> None:
-    rng = np.random.default_rng()
+def test_shared_weights_pool_their_statistics(rng: np.random.Generator) -> None:
     w = rng.normal(size=(4, 4))
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
@@ -211,8 +207,7 @@ def test_shared_weights_pool_their_statistics() -> None:
     np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-4 * abs(wanted).max())
 
 
-def test_transposed_weights_come_back_in_the_initializers_layout() -> None:
-    rng = np.random.default_rng()
+def test_transposed_weights_come_back_in_the_initializers_layout(rng: np.random.Generator) -> None:
     w = rng.normal(size=(24, 60))
     nodes = [
         helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]),
@@ -229,22 +224,21 @@ def test_transposed_weights_come_back_in_the_initializers_layout() -> None:
     np.testing.assert_allclose(back, y[:2, 1:2] * wanted[1], rtol=2e-3, atol=1e-3)
 
 
-def test_a_neuron_that_is_never_positive() -> None:
+def test_a_neuron_that_is_never_positive(rng: np.random.Generator) -> None:
     w = np.array([[1.0, 1.0], [2.0, -1.0]])
     nodes = [
         helper.make_node("Gemm", ["x", "w", "b"], ["a"]),
         helper.make_node("Relu", ["a"], ["y"]),
     ]
     model = model_of(nodes, {"w": w, "b": np.array([0.0, -100.0])}, ["N", 2])
-    x = np.random.default_rng().normal(size=(30, 2)).astype(np.float32)
+    x = rng.normal(size=(30, 2)).astype(np.float32)
     found = onnx_attrib.fit_patterns(model, x)["w"]
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found[:, 1], 0)
     assert abs(found[:, 0] @ w[:, 0] - 1) < 1e-3
 
 
-def test_what_is_refused() -> None:
-    rng = np.random.default_rng()
+def test_what_is_refused(rng: np.random.Generator) -> None:
     model, w = dense(rng)
     p = {k: w[k].astype(np.float32) for k in ("w1", "w2", "w3")}
     with pytest.raises(OptionError, match="needs 'patterns'"):
@@ -281,11 +275,11 @@ class Counting:
         return np.random.default_rng(part.start).normal(size=(size, 6)).astype(np.float32)
 
 
-def test_data_is_read_part_by_part() -> None:
+def test_data_is_read_part_by_part(rng: np.random.Generator) -> None:
     samples = Counting(1000)
     seen: list[tuple[int, int]] = []
     onnx_attrib.fit_patterns(
-        dense(np.random.default_rng())[0],
+        dense(rng)[0],
         {"x": samples},
         batch=64,
         progress=lambda done, whole: seen.append((done, whole)),

@@ -112,9 +112,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_close_to_float32(method: str) -> None:
-    seed = int(np.random.default_rng().integers(2**32))
-    rng = np.random.default_rng(seed)
+def test_close_to_float32(method: str, rng: np.random.Generator) -> None:
     source, options = network(rng), METHODS[method]
     full = Explainer(onnx_attrib.compile(source, method, **options), CPU)
     made = onnx_attrib.compile(source, method, precision="fp16", **options)
@@ -124,16 +122,18 @@ def test_close_to_float32(method: str) -> None:
     given = {"baseline": rng.normal(size=(3, 2, 9, 9))} if full.baselines else {}
     a, b = (e(x, target=[0, 1, 2, 3, -1, 2], **given) for e in (half, full))
     assert a.attributions["x"].dtype == np.float32
-    assert relative(a.outputs["y"], b.outputs["y"]) < 3e-3, seed
-    # A ReLU or a pool may turn where two numbers differ by less than float16 shows: a few entries.
-    assert relative(a.attributions["x"], b.attributions["x"]) < 0.1, seed
+    assert relative(a.outputs["y"], b.outputs["y"]) < 3e-3
+    # A ReLU or a pool turns where two numbers differ by less than float16 shows, and with it the
+    # attribution of that sample, by as much as the path weighs: rare, so most samples have none.
+    pairs = zip(a.attributions["x"], b.attributions["x"], strict=True)
+    assert np.median([relative(*pair) for pair in pairs]) < 2e-2
     near = (
         np.abs(a.attributions["x"] - b.attributions["x"]) < 0.01 * np.abs(b.attributions["x"]).max()
     )
-    assert near.mean() > 0.9, seed
+    assert near.mean() > 0.9
     if options.get("delta") and method != "integrated-gradients":
         sizes = np.abs(b.attributions["x"]).sum(axis=(1, 2, 3))
-        assert (np.abs(a.delta) < 2e-3 * sizes).all(), seed
+        assert (np.abs(a.delta) < 2e-3 * sizes).all()
     assert [port.dtype for port in half.inputs] == [port.dtype for port in full.inputs]
 
 

@@ -44,8 +44,8 @@ def values(array: Any) -> Any:
 
 
 @pytest.fixture
-def x() -> np.ndarray:
-    return np.random.default_rng().standard_normal((7, 3)).astype(np.float32)
+def x(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((7, 3)).astype(np.float32)
 
 
 class Foreign:
@@ -246,11 +246,10 @@ def test_settings() -> None:
     assert Explainer(model, CPU, threads=1)._session.get_session_options().intra_op_num_threads == 1
 
 
-def test_threads(tmp_path: Path) -> None:
+def test_threads(tmp_path: Path, rng: np.random.Generator) -> None:
     """One explainer, and explainers of one file, from many threads, on batches of several sizes."""
     path = tmp_path / "m.onnx"
     save(compiled(method="integrated-gradients", steps=7, chunk=2), path)
-    rng = np.random.default_rng()
     batches = [rng.standard_normal((n % 5 + 1, 3)).astype(np.float32) for n in range(60)]
     one = Explainer(path, CPU, threads=1)
     expected = [one(batch, target=0).attributions["x"] for batch in batches]
