@@ -1,4 +1,4 @@
-"""What every method costs, on the networks of tests/zoo.py and the shipped CNN: BENCHMARKS.md.
+"""What every method costs, on the networks of tests/zoo and the shipped CNN: BENCHMARKS.md.
 
     pip install -e '.[cpu]' torch onnxscript captum
     python models/benchmarks.py
@@ -55,7 +55,7 @@ Made by `python models/benchmarks.py`; `onnx-attrib bench` measures the same for
   on, and integrated gradients). ONNX Runtime optimizes both graphs alike, at its default level.
 - Memory is what one run needs on top of the loaded model at its peak, with ONNX Runtime's arena
   off, divided by the forward pass's. At batch 1 of small models it is some 100 KiB, and rough.
-- The networks are those of `tests/zoo.py` (full-width ResNets at 3×64×64, `mobilenet` at half
+- The networks are those of `tests/zoo` (full-width ResNets at 3×64×64, `mobilenet` at half
   width; `vit` and `encoder` are small transformers) with random weights, which cost what trained
   ones cost, exported by PyTorch's dynamo exporter with an open batch; `mnist_cnn` is shipped.
   `--models DIR` keeps the exported files:

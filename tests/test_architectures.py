@@ -1,6 +1,6 @@
 """Gradient, DeepLIFT and integrated gradients on whole architectures, as torch exports them.
 
-The networks and their random weights are in zoo.py. The reference for the gradient family is torch
+The networks and their random weights are in zoo. The reference for the gradient family is torch
 autograd on the module that was exported. The reference for DeepLIFT is its axiom: attributions sum
 to the difference that the *source* model makes between the input and the baseline.
 """

@@ -31,7 +31,7 @@ from zennit.canonizers import SequentialMergeBatchNorm  # noqa: E402
 from zennit.layer import Sum  # noqa: E402
 from zennit.types import Linear  # noqa: E402
 
-from .zoo import _quiet  # noqa: E402
+from .zoo import quiet  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +136,7 @@ def exported(model: nn.Module, x: torch.Tensor, how: str) -> onnx.ModelProto:
     for module in model.modules():
         if isinstance(module, Residual):
             module.plain = True
-    with _quiet():
+    with quiet():
         if how.startswith("dynamo"):
             shapes = ({0: torch.export.Dim("N")},)
             program = torch.onnx.export(
@@ -201,8 +201,8 @@ def agrees(
     if apart(oracle(model, x, theirs, torch.float32), expected) <= 1e-5:
         return False
     wide = numeric.widened(onnx_attrib.compile(exported(model, x, "legacy-unfolded"), **options))
-    with numeric._wide_evaluator():
-        evaluator = numeric._Evaluator(wide)
+    with numeric.wide_evaluator():
+        evaluator = numeric.Evaluator(wide)
         (exact,) = evaluator.run(["x_attribution"], {"x": x.double().numpy()})
     return apart(exact, expected) <= 1e-6
 
