@@ -56,6 +56,7 @@ def halve(model: ModelProto, seeds: Iterable[str], output: str) -> ModelProto:
     _Namer(result.graph).claim(top)
     top.enter_last(output)
     top.plan()
+    top.settle()
     top.rewrite()
     return result
 
@@ -313,6 +314,20 @@ class _Scope:
         values = numpy_helper.to_array(tensor)
         largest = float(np.abs(values).max(initial=0.0))
         return largest == 0 or _SMALLEST <= largest <= _LARGEST
+
+    def settle(self) -> None:
+        """Transpose in float32 what is read in both precisions.
+
+        ONNX Runtime (1.31) takes a Transpose into the MatMul that reads it, across a Cast too, and
+        crashes where something else reads it through another Cast.
+        """
+        for i, node in reversed(list(enumerate(self.graph.node))):
+            for scope in self.inner[i]:
+                scope.settle()
+            if i in self.plans and node.op_type == "Transpose" and node.output[0] in self.full_read:
+                del self.plans[i]
+                self.halves.difference_update(node.output)
+                self._read("full_read", node.input)
 
     # -- rewriting -------------------------------------------------------------------------------
 
