@@ -10,6 +10,7 @@ from onnx_attrib.errors import (
     RuntimeMissingError,
     UnsupportedOpError,
 )
+from onnx_attrib.evaluation import Evaluation, evaluate
 from onnx_attrib.patterns import fit_patterns
 from onnx_attrib.runtime import Explainer, Explanation
 from onnx_attrib.version import VERSION
@@ -18,6 +19,7 @@ __version__ = VERSION
 
 __all__ = [
     "CompileError",
+    "Evaluation",
     "Explainer",
     "Explanation",
     "MethodInfo",
@@ -29,6 +31,7 @@ __all__ = [
     "UnsupportedOpError",
     "__version__",
     "compile",
+    "evaluate",
     "fit_patterns",
     "methods",
 ]

@@ -196,26 +196,42 @@ def chosen(method: Methods, options: Mapping[str, Any]) -> tuple[Choice, ...]:
     """The methods asked for with their options; OptionError if one is unknown or named twice."""
     names = (method,) if isinstance(method, str) else method
     own = names if isinstance(names, Mapping) else {name: {} for name in names}
-    found = {method_named(name): _spelled(given) for name, given in own.items()}
+    found = {method_named(name): given for name, given in own.items()}
     if not found or len(found) != len(names):
         raise OptionError("no method was named" if not found else "a method is named twice")
-    common = _spelled(options)
+    return tuple(
+        resolved({one.name: (one, given) for one, given in found.items()}, options).values()
+    )
+
+
+def resolved(
+    found: Mapping[str, tuple[Method, Mapping[str, Any]]], common: Mapping[str, Any]
+) -> dict[str, Choice]:
+    """Methods by label, each with its own options and those of ``common`` that it has.
+
+    OptionError if none has an option; of a single method, with what it has instead.
+    """
+    common = _spelled(common)
     if len(found) == 1:
-        ((one, given),) = found.items()
-        return (Choice(*one.chosen({**common, **given})),)
+        ((label, (one, given)),) = found.items()
+        return {label: Choice(*one.chosen({**common, **_spelled(given)}))}
     # What a method's own options make of it decides which of the common ones it has.
     made = {
-        one: one.chosen({k: v for k, v in {**common, **given}.items() if one.has(k)})[0]
-        for one, given in found.items()
+        label: one.chosen({**{k: v for k, v in common.items() if one.has(k)}, **_spelled(given)})[0]
+        for label, (one, given) in found.items()
     }
     for name in common:
         if not any(one.has(name) for one in made.values()):
             known = sorted({option.name for one in made.values() for option in one.options})
             raise OptionError(f"no method here has an option '{name}': {suggest(name, known)}")
-    return tuple(
-        Choice(*one.chosen({**{k: v for k, v in common.items() if made[one].has(k)}, **given}))
-        for one, given in found.items()
-    )
+    return {
+        label: Choice(
+            *one.chosen(
+                {**{k: v for k, v in common.items() if made[label].has(k)}, **_spelled(given)}
+            )
+        )
+        for label, (one, given) in found.items()
+    }
 
 
 def _spelled(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, ValueInfoProto
 
 from onnx_attrib.errors import CompileError
 from onnx_attrib.feeds import Array, line
@@ -47,10 +47,15 @@ class Forward:
             raise CompileError(f"ONNX Runtime failed to run the model: {line(error)}") from None
 
 
-def excerpt(model: ModelProto, outputs: Sequence[str], cut: Sequence[str] = ()) -> ModelProto:
-    """The part of a compiled model that computes ``outputs``, where ``cut`` tensors are given.
+def excerpt(
+    model: ModelProto,
+    outputs: Sequence[str],
+    cut: Sequence[str] | Mapping[str, ValueInfoProto] = (),
+) -> ModelProto:
+    """The part of a model that computes ``outputs``, where ``cut`` tensors are given.
 
-    ``cut`` holds attributed tensors only: the outputs of their attributions tell their types.
+    ``cut``: how they are declared, by name; or names of attributed tensors of a compiled model: the
+    outputs of their attributions tell their types.
     """
     graph = model.graph
     needed, nodes = set(outputs), []
@@ -67,7 +72,9 @@ def excerpt(model: ModelProto, outputs: Sequence[str], cut: Sequence[str] = ()) 
     own = {info.name for info in graph.input}
     part.graph.input.extend(info for info in graph.input if info.name in needed)
     part.graph.input.extend(
-        attributed(model, name) for name in cut if name not in own and name in needed
+        cut[name] if isinstance(cut, Mapping) else attributed(model, name)
+        for name in cut
+        if name not in own and name in needed
     )
     for name in outputs:
         # ONNX Runtime infers what is not declared.

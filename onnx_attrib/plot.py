@@ -7,7 +7,7 @@ so that one extreme entry does not fade the rest. Needs matplotlib, but no displ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -27,8 +27,11 @@ FOR, AGAINST, NEUTRAL = "#b2182b", "#2166ac", "#4d4d4d"
 _DIVERGING, _SEQUENTIAL = "RdBu_r", "Reds"
 _CHANNELS = 8
 """A short axis of at most this length is one of channels, which are summed."""
+_PADDING = 5
+"""So many equal words at the beginning or end are padding."""
 _COARSE = 64
 """Gray pictures of at most this many pixels a side are outlined instead of underlaid."""
+_AXIS = "against ← attribution → for"
 _FEW = 32
 """At most this many features get a labelled bar each."""
 
@@ -40,7 +43,7 @@ class Panel:
     ``attribution``: [H, W] for an image, [L] for a signal or bars. ``shown``: the input beside it;
     pixels [H, W, C] from 0 to 255, or values [C, L] of a signal or [L] of features; None leaves it
     out. ``labels``: names of features or positions. ``overlay``: an image's input also shows
-    through the attribution. ``beside``: an image's input is shown next to it.
+    through the attribution.
     """
 
     kind: Kind
@@ -50,7 +53,6 @@ class Panel:
     source: str = ""
     labels: Sequence[str] = ()
     overlay: bool = True
-    beside: bool = True
 
     @property
     def caption(self) -> str:
@@ -119,7 +121,7 @@ def draw(panels: Sequence[Panel], heading: str = "", signed: bool = True) -> Any
     ``signed``: attributions can be negative, so zero is the middle of the colours; else they run
     from white. Raises RuntimeMissingError without matplotlib.
     """
-    figure_module = _matplotlib()
+    figure_module = figures()
     panels = list(panels)[:MOST]
     pictures = all(panel.kind == "image" for panel in panels)
     columns = 1 if len(panels) <= (2 if pictures else 3) else 2
@@ -136,41 +138,6 @@ def draw(panels: Sequence[Panel], heading: str = "", signed: bool = True) -> Any
     return figure
 
 
-def draw_lines(
-    lines: Sequence[Sequence[Panel]],
-    names: Sequence[str],
-    heading: str = "",
-    signed: Sequence[bool] = (),
-) -> Any:
-    """A matplotlib Figure of several attributions of each input, side by side.
-
-    One of up to :data:`MOST` ``lines`` for each input, one panel in it for each of ``names``, the
-    methods. An image's input is drawn once, at the beginning of its line.
-    """
-    figure_module = _matplotlib()
-    lines = [list(line) for line in lines][:MOST]
-    width, height = _cell([panel for line in lines for panel in line])
-    pictures = all(line[0].kind == "image" and line[0].shown is not None for line in lines)
-    # The first holds the input too.
-    ratios = [1.0] + [0.55 if pictures else 1.0] * (len(names) - 1)
-    figure = figure_module.Figure(
-        figsize=(width * sum(ratios), (height + 0.15) * len(lines) + 0.3),
-        dpi=150,
-        layout="constrained",
-    )
-    if heading:
-        figure.suptitle(_short(heading, 40 * len(names)), fontsize=11, fontweight="bold")
-    grid = figure.subfigures(len(lines), len(names), squeeze=False, width_ratios=ratios)
-    for line, parts in zip(lines, grid, strict=True):
-        for k, (panel, part, name) in enumerate(zip(line, parts, names, strict=True)):
-            if panel.kind == "image" and panel.shown is not None:
-                panel = replace(panel, title=name, source=panel.caption, beside=k == 0)
-            else:
-                panel = replace(panel, title=f"{name}: {panel.title}" if k == 0 else name)
-            _KINDS[panel.kind](part, panel, signed[k] if signed else True)
-    return figure
-
-
 def save(figure: Any, path: Path) -> None:
     """Write a figure in the format of the file's ending; CompileError if that cannot be done."""
     known = figure.canvas.get_supported_filetypes()
@@ -182,7 +149,7 @@ def save(figure: Any, path: Path) -> None:
 
 def require() -> None:
     """Raise RuntimeMissingError if matplotlib is not installed, before anything else is done."""
-    _matplotlib()
+    figures()
 
 
 def limit(attribution: Array) -> float:
@@ -208,47 +175,64 @@ def _cell(panels: Sequence[Panel]) -> tuple[float, float]:
 
 
 def _image(part: Any, panel: Panel, signed: bool) -> None:
-    a, shown = panel.attribution, panel.shown
-    beside = shown is not None and panel.beside
-    axes = part.subplots(1, 2 if beside else 1, squeeze=False)[0]
-    height, width = a.shape
-    # One coordinate system, so that a coarse layer lies where it looks.
-    extent = (0, width, height, 0)
-    if shown is not None:
-        smooth = "nearest" if max(shown.shape[:2]) <= 128 else "antialiased"
-    if shown is not None and beside:
-        flat = shown[..., 0] if shown.shape[-1] == 1 else shown
-        axes[0].imshow(flat, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth)
-        axes[0].set_title(_short(panel.source), fontsize=9)
-    heat = axes[-1]
-    end, floor = limit(a), 0.0
-    if signed:
-        floor = -end
+    axes = part.subplots(1, 1 if panel.shown is None else 2, squeeze=False)[0]
+    if panel.shown is not None:
+        show_input(axes[0], panel)
+    options = show_map(axes[-1], panel, signed)
+    axes[-1].set_title(short(panel.caption if panel.shown is None else panel.title), fontsize=9)
+    _colour_bar(part, axes[-1], panel, options, signed)
+
+
+def show_input(ax: Any, panel: Panel) -> None:
+    """An image panel's input, in the coordinates of its attribution."""
+    shown = panel.shown
+    assert shown is not None
+    flat = shown[..., 0] if shown.shape[-1] == 1 else shown
+    ax.imshow(flat, cmap="gray", vmin=0, vmax=255, extent=_extent(panel), interpolation=_how(shown))
+    ax.set_title(short(panel.source), fontsize=9)
+    _frame(ax)
+
+
+def show_map(ax: Any, panel: Panel, signed: bool) -> dict[str, Any]:
+    """An image panel's attribution over its pale input; how its colours were chosen."""
+    a, extent, end = panel.attribution, _extent(panel), limit(panel.attribution)
     options: dict[str, Any] = {
         "cmap": _DIVERGING if signed else _SEQUENTIAL,
-        "vmin": floor,
+        "vmin": -end if signed else 0.0,
         "vmax": end,
         "extent": extent,
         "interpolation": "nearest",
     }
-    under = shown if panel.overlay else None
+    under = panel.shown if panel.overlay else None
     drawing = under is not None and under.shape[-1] == 1 and max(under.shape[:2]) <= _COARSE
     if under is not None and not drawing:
         # The input shines through, pale, where there is little attribution.
         pale = 255 - (255 - _gray(under)) * 0.3
-        heat.imshow(pale, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth)
+        ax.imshow(pale, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=_how(under))
         options["alpha"] = np.clip(np.abs(a) / end, 0, 1) ** 0.6
-    heat.imshow(a, **options)
+    ax.imshow(a, **options)
     if under is not None and drawing and min(under.shape[:2]) > 1:
-        _outline(heat, _gray(under), height, width)
-    heat.set_title(_short(panel.caption if shown is None else panel.title), fontsize=9)
-    for ax in axes:
-        ax.set_xticks([])
-        ax.set_yticks([])
-        for spine in ax.spines.values():
-            spine.set_linewidth(0.5)
-            spine.set_color("#999999")
-    _colour_bar(part, heat, options, signed, bool((np.abs(a) > end).any()))
+        _outline(ax, _gray(under), *a.shape)
+    _frame(ax)
+    return options
+
+
+def _extent(panel: Panel) -> tuple[int, int, int, int]:
+    """One coordinate system, so that a coarse layer lies where it looks."""
+    height, width = panel.attribution.shape
+    return 0, width, height, 0
+
+
+def _how(pixels: Array) -> str:
+    return "nearest" if max(pixels.shape[:2]) <= 128 else "antialiased"
+
+
+def _frame(ax: Any) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_linewidth(0.5)
+        spine.set_color("#999999")
 
 
 def _outline(heat: Any, gray: Array, height: int, width: int) -> None:
@@ -260,68 +244,88 @@ def _outline(heat: Any, gray: Array, height: int, width: int) -> None:
         heat.contour(x, y, gray, [middle], colors="#555555", linewidths=0.7, alpha=0.8)
 
 
-def _colour_bar(part: Any, heat: Any, options: dict[str, Any], signed: bool, beyond: bool) -> None:
+def _colour_bar(part: Any, heat: Any, panel: Panel, options: dict[str, Any], signed: bool) -> None:
+    bar = colour_bar(part, heat.inset_axes((1.04, 0.0, 0.045, 1.0)), panel, options, "vertical")
+    bar.formatter.set_powerlimits((-3, 4))
+    bar.ax.yaxis.get_offset_text().set_fontsize(7)
+    bar.set_label(_AXIS if signed else "attribution", fontsize=8)
+
+
+def colour_bar(part: Any, place: Any, panel: Panel, options: dict[str, Any], way: str) -> Any:
+    """The bar of a map's colours; arrows tell of values beyond its ends."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    mappable = ScalarMappable(Normalize(options["vmin"], options["vmax"]), options["cmap"])
-    place = heat.inset_axes((1.04, 0.0, 0.045, 1.0))
-    extend = ("both" if signed else "max") if beyond else "neither"
-    bar = part.colorbar(mappable, cax=place, extend=extend)
+    low, high = options["vmin"], options["vmax"]
+    mappable = ScalarMappable(Normalize(low, high), options["cmap"])
+    beyond = bool((np.abs(panel.attribution) > high).any())
+    extend = ("both" if low < 0 else "max") if beyond else "neither"
+    bar = part.colorbar(mappable, cax=place, extend=extend, orientation=way)
     bar.ax.tick_params(labelsize=7)
-    bar.formatter.set_powerlimits((-3, 4))
-    bar.ax.yaxis.get_offset_text().set_fontsize(7)
     bar.outline.set_linewidth(0.5)
-    bar.set_label("against ← attribution → for" if signed else "attribution", fontsize=8)
+    return bar
 
 
 def _signal(part: Any, panel: Panel, signed: bool) -> None:
-    a, shown = panel.attribution, panel.shown
-    count = 1 if shown is None else 2
+    count = 1 if panel.shown is None else 2
     axes = part.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
-    at = np.arange(len(a))
-    if shown is not None:
-        if len(shown) > 1 and _is_one_hot(shown):
-            axes[0].imshow(
-                shown, cmap="gray_r", aspect="auto", interpolation="nearest", vmin=0, vmax=1
-            )
-            axes[0].set_yticks(range(len(shown)))
-        else:
-            for row in shown:
-                axes[0].plot(at, row, linewidth=0.8, color=NEUTRAL if len(shown) == 1 else None)
-        axes[0].set_title(_short(panel.source), fontsize=9, loc="left")
+    if panel.shown is not None:
+        show_values(axes[0], panel.shown)
+        axes[0].set_title(short(panel.source), fontsize=9, loc="left")
         axes[0].set_ylabel("value", fontsize=8)
-    lower = axes[-1]
+    show_signal(axes[-1], panel)
+    title = panel.caption if panel.shown is None else panel.title
+    axes[-1].set_title(short(title), fontsize=9, loc="left")
+    axes[-1].set_ylabel("attribution", fontsize=8)
+    tidy(axes)
+
+
+def show_values(ax: Any, shown: Array) -> None:
+    """A signal's own values [C, L]."""
+    if len(shown) > 1 and _is_one_hot(shown):
+        ax.imshow(shown, cmap="gray_r", aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+        ax.set_yticks(range(len(shown)))
+        return
+    for row in shown:
+        colour = NEUTRAL if len(shown) == 1 else None
+        ax.plot(np.arange(len(row)), row, linewidth=0.8, color=colour)
+
+
+def show_signal(ax: Any, panel: Panel) -> None:
+    """A signal panel's attribution as bars, or as an area where they are many."""
+    a = panel.attribution
+    at = np.arange(len(a))
     if len(a) <= 128:
-        lower.bar(at, a, width=0.9, color=_colours(a))
+        ax.bar(at, a, width=0.9, color=_colours(a))
     else:
         for part_of, colour in ((a.clip(min=0), FOR), (a.clip(max=0), AGAINST)):
-            lower.fill_between(at, part_of, step="mid", color=colour, linewidth=0.4)
-    lower.axhline(0, color="black", linewidth=0.5)
-    title = panel.caption if shown is None else panel.title
-    lower.set_title(_short(title), fontsize=9, loc="left")
-    lower.set_ylabel("attribution", fontsize=8)
+            ax.fill_between(at, part_of, step="mid", color=colour, linewidth=0.4)
+    ax.axhline(0, color="black", linewidth=0.5)
     if len(panel.labels) == len(a) <= 64:
-        lower.set_xticks(at, [_short(label, 16) for label in panel.labels], rotation=90)
-    lower.set_xlim(-0.5, len(a) - 0.5)
-    _tidy(axes)
+        ax.set_xticks(at, [short(label, 16) for label in panel.labels], rotation=90)
+    ax.set_xlim(-0.5, len(a) - 0.5)
 
 
 def _bars(part: Any, panel: Panel, signed: bool) -> None:
-    a, ax = panel.attribution, part.subplots(1, 1)
+    ax = part.subplots(1, 1)
+    show_bars(ax, panel, signed)
+    ax.set_title(short(panel.caption), fontsize=9, loc="left")
+    tidy([ax])
+
+
+def show_bars(ax: Any, panel: Panel, signed: bool) -> None:
+    """A bar for each feature, from the top down, with its name and value."""
+    a = panel.attribution
     at = np.arange(len(a))
     ax.barh(at, a, color=_colours(a), height=0.75)
     labels = list(panel.labels) if len(panel.labels) == len(a) else [str(i) for i in at]
     if panel.shown is not None and panel.shown.size == a.size:
         values = panel.shown.reshape(-1)
         labels = [f"{name} = {value:.4g}" for name, value in zip(labels, values, strict=True)]
-    ax.set_yticks(at, [_short(label, 28) for label in labels])
-    ax.invert_yaxis()
+    ax.set_yticks(at, [short(label, 28) for label in labels])
+    ax.set_ylim(len(a) - 0.5, -0.5)
     ax.axvline(0, color="black", linewidth=0.5)
-    ax.set_xlabel("against ← attribution → for" if signed else "attribution", fontsize=8)
-    ax.set_title(_short(panel.caption), fontsize=9, loc="left")
-    ax.margins(y=0.01)
-    _tidy([ax])
+    ax.set_xlabel(_AXIS if signed else "attribution", fontsize=8)
 
 
 _KINDS = {"image": _image, "signal": _signal, "bars": _bars}
@@ -330,7 +334,19 @@ _KINDS = {"image": _image, "signal": _signal, "bars": _bars}
 # -- parts -----------------------------------------------------------------------------------------
 
 
-def _tidy(axes: Any) -> None:
+def unpadded(labels: Sequence[str]) -> tuple[slice, str]:
+    """Where positions differ, and what is left out before or after: one word again and again."""
+    for step in (1, -1):
+        words = labels[::step]
+        count = next((k for k, word in enumerate(words) if word != words[0]), 0)
+        if count >= _PADDING:
+            kept = slice(count, None) if step == 1 else slice(0, len(labels) - count)
+            return kept, f"{count} × {words[0]}"
+    return slice(None), ""
+
+
+def tidy(axes: Any) -> None:
+    """Small ticks, no frame above and to the right."""
     for ax in axes:
         ax.tick_params(labelsize=7)
         for side in ("top", "right"):
@@ -362,13 +378,14 @@ def _slice(a: Array, value: Array | None, channels_last: bool) -> tuple[Array, A
     return a, value
 
 
-def _short(text: str, length: int = 60) -> str:
+def short(text: str, length: int = 60) -> str:
+    """A text that fits, in which nothing is taken for a formula."""
     text = text if len(text) <= length else text[: length - 1] + "…"
-    # A dollar sign would start a formula.
     return text.replace("$", r"\$")
 
 
-def _matplotlib() -> ModuleType:
+def figures() -> ModuleType:
+    """matplotlib.figure; RuntimeMissingError without it."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -383,9 +400,9 @@ __all__ = [
     "Panel",
     "as_pixels",
     "draw",
-    "draw_lines",
     "limit",
     "panel_of",
     "require",
     "save",
+    "unpadded",
 ]

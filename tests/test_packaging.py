@@ -68,6 +68,7 @@ def test_wheel(source: Path, tmp_path: Path) -> None:
     assert "onnx_attrib/passes/differentiate.py" in names
     assert "onnx_attrib/py.typed" in names
     assert [name for name in names if name.startswith("onnx_attrib/data/kernels-")]
+    assert {"onnx_attrib/data/report.css", "onnx_attrib/data/report.js"} <= set(names)
     assert not [name for name in names if name.startswith(("passes/", "tests/", "models/"))]
     pip("install", "--no-deps", "--target", tmp_path / "site", wheel)
     assert tmp_path in probe(tmp_path / "site", tmp_path)[1].parents

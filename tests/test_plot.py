@@ -13,7 +13,8 @@ from onnx_attrib import plot
 from onnx_attrib.errors import CompileError, OptionError
 from onnx_attrib.feeds import Port
 from onnx_attrib.images import PRESETS, Scaling, geometry, load_picture, read_pixels
-from onnx_attrib.plot import Panel, as_pixels, draw, draw_lines, limit, panel_of, save
+from onnx_attrib.plot import Panel, as_pixels, draw, limit, panel_of, save
+from onnx_attrib.plot_lines import draw_lines
 
 RNG = np.random.default_rng(0)
 
@@ -69,38 +70,70 @@ def test_grids(count: int, tmp_path: Path) -> None:
     save(figure, tmp_path / "grid.png")
 
 
-@pytest.mark.parametrize("count", [1, 3, 11])
-def test_lines_of_several_methods(count: int, tmp_path: Path) -> None:
-    pixels = np.zeros((6, 6, 1))
-    lines = [
+def image_lines(count: int, methods: int, shown: bool = True) -> list[list[Panel]]:
+    pixels = np.zeros((6, 6, 1)) if shown else None
+    return [
         [
-            panel_of(RNG.normal(size=(1, 6, 6)), pixels=pixels, title=f"class {i}", source="x")
-            for _ in range(3)
+            panel_of(RNG.normal(size=(1, 6, 6)), pixels=pixels, title=f"class {i}", source=f"x{i}")
+            for _ in range(methods)
         ]
         for i in range(count)
     ]
-    figure = draw_lines(lines, ["one", "two", "three"], "all", [True, False, True])
+
+
+def drawn_axes(figure: Any) -> list[Any]:
+    return [ax for ax in figure.axes if ax.axison and ax.images]
+
+
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_lines_of_several_methods(count: int, tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+    figure = draw_lines(image_lines(count, 3), names, "all", [True, False, True])
     rows = min(count, plot.MOST)
-    pictures = [[ax for ax in part.axes if ax.images] for part in figure.subfigs]
+    titles = [ax.get_title() for ax in drawn_axes(figure)]
     # The input stands at the beginning of the line only.
-    assert [len(axes) for axes in pictures] == [2, 1, 1] * rows
-    titles = [ax.get_title() for axes in pictures[:3] for ax in axes]
-    assert titles == ["x: class 0", "one", "two", "three"]
-    lows = [axes[-1].images[-1].get_clim()[0] for axes in pictures[:3]]
-    assert lows[0] < 0
-    assert lows[1] == 0
+    expected = [[f"x{i}\nclass {i}", *names] for i in range(rows)]
+    assert titles == [title for line in expected for title in line]
+    _, *maps = drawn_axes(figure)[:4]
+    assert [ax.images[-1].get_clim()[0] < 0 for ax in maps] == [True, False, True]
     save(figure, tmp_path / "lines.png")
+    sizes = {tuple(np.round(ax.get_position().size, 4)) for ax in drawn_axes(figure)}
+    assert len(sizes) == 1, "maps and inputs are of one size"
+    bars = [ax for ax in figure.axes if ax not in drawn_axes(figure) and ax.axison]
+    assert len([child for ax in maps for child in ax.child_axes]) == 3
+    assert not bars
 
 
-@pytest.mark.parametrize("shape", [(4, 60), (5,)])
-def test_lines_of_signals_and_features(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_lines_of_many_methods_are_broken(tmp_path: Path) -> None:
+    names = [f"method {k}" for k in range(9)]
+    figure = draw_lines(image_lines(2, 9), names)
+    maps = [ax for ax in drawn_axes(figure) if ax.get_title() in names]
+    assert [ax.get_title() for ax in maps] == names * 2
+    save(figure, tmp_path / "lines.png")
+    assert len({round(ax.get_position().y0, 3) for ax in maps}) == 4
+    without = draw_lines(image_lines(1, 2, shown=False), names[:2])
+    assert [ax.get_title() for ax in drawn_axes(without)] == ["x0\nclass 0\nmethod 0", "method 1"]
+
+
+@pytest.mark.parametrize("shape", [(4, 60), (1, 900), (5,)])
+@pytest.mark.parametrize("methods", [2, 9])
+def test_lines_of_signals_and_features(
+    shape: tuple[int, ...], methods: int, tmp_path: Path
+) -> None:
     a = RNG.normal(size=shape)
-    line = [panel_of(a, a, title="class 1", source="x") for _ in range(2)]
-    figure = draw_lines([line], ["one", "two"])
-    titles = [part.axes[-1].get_title(loc="left") for part in figure.subfigs]
-    assert "one: class 1" in titles[0]
-    assert "two" in titles[1]
+    names = [f"method {k}" for k in range(methods)]
+    line = [panel_of(a, a, title="class 1", source="x") for _ in names]
+    figure = draw_lines([line, line], names)
     save(figure, tmp_path / "lines.pdf")
+    assert len(figure.subfigs) == 2
+    for part in figure.subfigs:
+        told = [ax.get_title(loc="left") for ax in part.axes] + [str(part.get_suptitle())]
+        assert "x: class 1" in told
+        shown = [ax.get_title() or ax.get_ylabel() for ax in part.axes if ax.axison]
+        assert [text for text in shown if text in names] == names
+        spans = {ax.get_xlim() for ax in part.axes if ax.axison}
+        # Positions lie below each other.
+        assert len(shape) == 1 or len(spans) == 1
 
 
 def test_colours_are_symmetric_and_robust() -> None:

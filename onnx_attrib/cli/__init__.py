@@ -6,7 +6,9 @@ import click
 
 from onnx_attrib.cli.bench import bench_command
 from onnx_attrib.cli.common import Commands, forgiving_streams
+from onnx_attrib.cli.compare import compare_command
 from onnx_attrib.cli.compile import compile_command
+from onnx_attrib.cli.evaluate import evaluate_command
 from onnx_attrib.cli.fit_patterns import fit_patterns_command
 from onnx_attrib.cli.inspect import inspect_command
 from onnx_attrib.cli.methods import methods_command
@@ -41,6 +43,8 @@ for command in (
     methods_command,
     ops_command,
     bench_command,
+    compare_command,
+    evaluate_command,
     fit_patterns_command,
 ):
     main.add_command(command)

@@ -1,21 +1,21 @@
-"""What the commands share: how errors end, how arguments are read, how files appear."""
+"""What the commands share: how errors end, how arguments are read, how results are shown."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from onnx_attrib.compiler import checked_reduce, chosen
+from onnx_attrib.compiler import checked_reduce, chosen, resolved
 from onnx_attrib.errors import CompileError, OptionError, suggest
 from onnx_attrib.job import Choice, Request
+from onnx_attrib.methods import Method
 from onnx_attrib.methods import get as method_named
 from onnx_attrib.recipe import Recipe
 
@@ -23,6 +23,20 @@ DEBUG = "ONNX_ATTRIB_DEBUG"
 """Set in the environment, it shows the traceback of an internal error."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+picture_option = click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw input and attribution (.png, .pdf, .svg): red for, blue against.",
+)
+method_options = click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="[METHOD.]KEY=VALUE",
+    help="An option of the methods that have it, or of one METHOD; may be repeated.",
+)
 
 
 class Commands(click.Group):
@@ -167,24 +181,52 @@ def chosen_methods(names: Sequence[str], pairs: Sequence[str] = ()) -> tuple[Cho
         methods = [method_named(name).name for name in names]
         if len(set(methods)) < len(methods):
             raise OptionError("a method is named twice")
-        common: dict[str, str] = {}
-        own: dict[str, dict[str, str]] = {name: {} for name in methods}
-        for pair in pairs:
-            key, separator, value = pair.partition("=")
-            method, dot, name = key.strip().rpartition(".")
-            if not separator or not name or (dot and not method):
-                raise OptionError(f"option '{pair}' is not of the form [METHOD.]KEY=VALUE")
-            spelled = method.lower().replace("_", "-")
-            if dot and spelled not in own:
+        common, own = _options(pairs, methods)
+        return chosen(own, common)
+
+
+def labelled_methods(texts: Sequence[str], pairs: Sequence[str] = ()) -> dict[str, Choice]:
+    """Methods by label from texts ``METHOD,LABEL=METHOD,…``, and options as for chosen_methods.
+
+    A label lets one method stand there twice, with different options (LABEL.KEY=VALUE).
+    """
+    with as_usage_error():
+        methods: dict[str, Method] = {}
+        for part in (part.strip() for text in texts for part in text.split(",")):
+            label, _, name = part.rpartition("=")
+            method = method_named(name.strip())
+            label = label.strip() or method.name
+            if label in methods:
+                raise OptionError(f"'{label}' is named twice: call one of them OTHER={method.name}")
+            methods[label] = method
+        common, own = _options(pairs, list(methods))
+        return resolved({label: (one, own[label]) for label, one in methods.items()}, common)
+
+
+def _options(
+    pairs: Sequence[str], labels: Sequence[str]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Options for all that have them, and those of each label."""
+    common: dict[str, str] = {}
+    own: dict[str, dict[str, str]] = {label: {} for label in labels}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        label, dot, name = key.strip().rpartition(".")
+        if not separator or not name or (dot and not label):
+            raise OptionError(f"option '{pair}' is not of the form [METHOD.]KEY=VALUE")
+        if dot and label not in own:
+            spelled = label.lower().replace("_", "-")
+            if spelled not in own:
                 raise OptionError(
                     f"option '{key}' is of a method that is not asked for: "
-                    f"{suggest(spelled, methods)}"
+                    f"{suggest(spelled, labels)}"
                 )
-            options, name = own[spelled] if dot else common, name.replace("-", "_")
-            if name in options:
-                raise OptionError(f"option '{key.strip()}' is given twice")
-            options[name] = value.strip()
-        return chosen(own, common)
+            label = spelled
+        options, name = own[label] if dot else common, name.replace("-", "_")
+        if name in options:
+            raise OptionError(f"option '{key.strip()}' is given twice")
+        options[name] = value.strip()
+    return common, own
 
 
 def as_mapping(choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
@@ -214,19 +256,6 @@ def as_usage_error() -> Iterator[None]:
 
 
 # -- results ---------------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there."""
-    if path.is_dir():
-        raise CompileError(f"cannot write '{path}': Is a directory")
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            temporary = Path(folder) / path.name
-            write(temporary)
-            os.replace(temporary, path)
-    except OSError as error:
-        raise CompileError(f"cannot write '{path}': {error.strerror or error}") from None
 
 
 def print_json(value: Any) -> None:

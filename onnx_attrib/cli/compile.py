@@ -17,6 +17,7 @@ from onnx_attrib.cli.common import (
     as_mapping,
     chosen_methods,
     json_option,
+    method_options,
     number_or_text,
     print_json,
     progress,
@@ -143,13 +144,7 @@ Examples:
     help="Size of an open dimension, for --memory and the random inputs of --precision; may be "
     "repeated. [default: a batch of 1 for --memory]",
 )
-@click.option(
-    "--option",
-    "options",
-    multiple=True,
-    metavar="[METHOD.]KEY=VALUE",
-    help="An option of the methods that have it, or of one METHOD; may be repeated.",
-)
+@method_options
 @json_option
 @click.pass_context
 def compile_command(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from onnx_attrib.cli.common import json_option, print_json, show_bytes, write_whole
+from onnx_attrib.cli.common import json_option, print_json, show_bytes
 from onnx_attrib.cli.reading import Reader, pixel_options, single
 from onnx_attrib.errors import OptionError, suggest
 from onnx_attrib.feeds import Array, Port
@@ -19,6 +19,7 @@ from onnx_attrib.ir import Graph
 from onnx_attrib.model_io import load
 from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.patterns import fit_patterns
+from onnx_attrib.whole import write_whole
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,46 @@ _PIXELS = (
 )
 
 
+PIXELS = """
+A pixel p from 0 to 255 becomes (p · scale − mean) / std. The default preset is what the model's
+metadata says (Image.NominalPixelRange), else imagenet for colour and zero-one for gray inputs.
+Arrays are fed as they are unless one of these options is given.
+"""
+"""What the help of a command with these options ends with."""
+
+
 def pixel_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say how pixels become a model's input."""
     for option in reversed(_PIXELS):
+        command = option(command)
+    return command
+
+
+_SAMPLES = (
+    click.option(
+        "--input",
+        "inputs",
+        multiple=True,
+        metavar="[NAME=]FILE",
+        help="An image, .npy or .npz (arrays by input name); repeated: one for each input, or "
+        "images of one batch.",
+    ),
+    click.option(
+        "--labels",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Names of the classes: a line each, or a JSON list or object.",
+    ),
+    click.option(
+        "--crop", is_flag=True, help="Cut images to the input's shape; else they stretch."
+    ),
+    *_PIXELS,
+)
+
+
+def sample_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that name samples and classes, and say how pixels become a model's input."""
+    for option in reversed(_SAMPLES):
         command = option(command)
     return command
 
@@ -107,7 +144,7 @@ class Reader:
             name, path = self.split(text, by_name)
             for key, item in self._read(name, path, by_name).items():
                 parts.setdefault(key, []).append(item)
-        return {name: _joined(name, items) for name, items in parts.items()}
+        return {name: joined(name, items) for name, items in parts.items()}
 
     def baselines(self, explain: Explainer, texts: Sequence[str]) -> Any:
         """A baseline for :class:`Explainer`: a number, or arrays by input name."""
@@ -152,12 +189,13 @@ class Reader:
             name = next(iter(ports))
         port = ports[name]
         if arrays is None:
-            return {name: self._picture(port, path)}
+            return {name: self.picture(port, path)}
         if isinstance(arrays, dict) and name in arrays:
             arrays = arrays[name]
         return {name: self.array(port, single(path, arrays, name), path)}
 
-    def _picture(self, port: Port, path: Path) -> Loaded:
+    def picture(self, port: Port, path: Path) -> Loaded:
+        """An input's sample from an image file."""
         form = geometry(port.shape, self.layout)
         channels = 3 if form is None else form.channels
         scaling = self._scaling(default_scaling(port, self.metadata, channels))
@@ -189,7 +227,8 @@ class Reader:
         return chosen.override(*self.changes)
 
 
-def _joined(name: str, items: Sequence[Loaded]) -> Loaded:
+def joined(name: str, items: Sequence[Loaded]) -> Loaded:
+    """One batch of what several files hold; OptionError if they differ in shape."""
     if len(items) == 1:
         return items[0]
     shapes = {item.value.shape[1:] for item in items}

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from onnx_attrib import plot
+from onnx_attrib import plot, plot_lines
 from onnx_attrib.cli.common import note, rows, show_processing
 from onnx_attrib.cli.reading import Loaded
 from onnx_attrib.errors import CompileError
 from onnx_attrib.feeds import Array
+from onnx_attrib.job import Choice
 from onnx_attrib.methods import METHODS
 from onnx_attrib.runtime import Explainer, Explanation
 
@@ -29,9 +30,18 @@ class Report:
         result: Explanation,
         loaded: Mapping[str, Loaded],
         labels: Mapping[int, str],
+        choices: Mapping[str, Choice] | None = None,
+        words: Mapping[int, str] | None = None,
     ) -> None:
+        """``choices``: what ``result.by_method`` holds, if that are not the explainer's methods;
+        ``words``: the words of token ids."""
         self.explain, self.result = explain, result
-        self.loaded, self.labels = loaded, labels
+        self.loaded, self.labels, self.words = loaded, labels, words or {}
+        self.methods: dict[str, tuple[str, Mapping[str, Any]]] = {
+            name: (name, options) for name, options in explain.recipe.methods.items()
+        }
+        if choices is not None:
+            self.methods = {label: (one.method.name, one.options) for label, one in choices.items()}
         self.several = explain.targets is not None
         sizes = [len(a) for a in result.attributions.values() if a.ndim]
         scored = result.score if result.score is not None else result.delta
@@ -43,7 +53,7 @@ class Report:
         kept = ("method", "options", "output", "baseline")
         return {
             **{key: recipe[key] for key in kept},
-            "methods": {name: dict(given) for name, given in self.explain.recipe.methods.items()},
+            "methods": {label: dict(options) for label, (_, options) in self.methods.items()},
             "targets": recipe["targets"],
             "reduce": recipe["reduce"],
             "normalize": recipe["normalize"],
@@ -116,8 +126,8 @@ class Report:
         scaled = {item.scaling for item in self.loaded.values() if item.scaling}
         recipe = self.explain.recipe
         facts = [
-            ("method", " ".join([name, *(f"{k}={v}" for k, v in options.items())]))
-            for name, options in recipe.methods.items()
+            ("method", " ".join([_named(label, name), *(f"{k}={v}" for k, v in options.items())]))
+            for label, (name, options) in self.methods.items()
         ]
         if self.explain.baseline is not None:
             facts.append(("baseline", str(self.explain.baseline)))
@@ -193,10 +203,11 @@ class Report:
 
     def _signed(self, name: str) -> bool:
         """Whether what is shown of a method can be negative."""
-        method = METHODS.get(name)
+        of, options = self.methods[name]
+        method = METHODS.get(of)
         if {"abs-max", "l2"} & set(self.explain.recipe.reduce.values()):
             return False
-        return method is None or method.is_signed(self.explain.recipe.methods[name])
+        return method is None or method.is_signed(options)
 
     def warnings(self) -> list[str]:
         """What should not go unnoticed."""
@@ -217,7 +228,7 @@ class Report:
 
     def figure(self) -> Any:
         """Inputs and attributions of the first samples; of several methods side by side."""
-        methods, tensors = self.explain.methods, self.explain.attributed
+        methods, tensors = tuple(self.methods), self.explain.attributed
         wanted = [
             (i, place, name)
             for i in range(self.count)
@@ -228,13 +239,12 @@ class Report:
             raise CompileError("there is nothing to draw: the batch is empty")
         if len(wanted) > plot.MOST:
             note(f"the picture shows {plot.MOST} of {len(wanted)}")
-        heading = f"{', '.join(methods)} of {self.explain.output}"
         signed = [self._signed(method) for method in methods]
         if len(methods) == 1:
             panels = [self._panel(*one, methods[0]) for one in wanted[: plot.MOST]]
-            return plot.draw(panels, heading, signed[0])
+            return plot.draw(panels, f"{methods[0]} of {self.explain.output}", signed[0])
         lines = [[self._panel(*one, method) for method in methods] for one in wanted[: plot.MOST]]
-        return plot.draw_lines(lines, methods, heading, signed)
+        return plot_lines.draw_lines(lines, methods, f"{self.explain.output} explained", signed)
 
     def _panel(self, i: int, place: int, name: str, method: str) -> plot.Panel:
         title = self._title(i, place)
@@ -247,13 +257,26 @@ class Report:
         if item is None:
             seen = [x for x in self.loaded.values() if x.pixels or (x.form and x.value.ndim == 4)]
             shown = self._pixels(seen[0], i) if seen and mine.ndim > 2 else None
-            return plot.panel_of(mine, pixels=shown, inner=True, **rest)
+            labels = self._tokens(mine, i)
+            kept, left_out = plot.unpadded(labels)
+            if left_out:
+                rest["title"] += f" ({left_out} left out)"
+                mine, labels = mine[kept], labels[kept]
+            return plot.panel_of(mine, pixels=shown, inner=True, labels=labels, **rest)
         if item.form is None or (item.form.flat and mine.size < item.value[0].size):
             value = self._per_sample(self.result.inputs[name])[i]
             return plot.panel_of(mine, value if value.ndim == mine.ndim else None, **rest)
         picture = item.form.pictures(mine[None])[0]
         shown = self._pixels(item, i)
         return plot.panel_of(picture, pixels=shown, channels_last=True, **rest)
+
+    def _tokens(self, mine: Array, i: int) -> list[str]:
+        """The words, or ids, at the positions of an embedding [T, D]."""
+        for value in self.result.inputs.values():
+            ids = np.asarray(value)
+            if mine.ndim == 2 and ids.dtype.kind in "iu" and ids.shape[1:] == mine.shape[:1]:
+                return [self.words.get(int(k), str(int(k))) for k in ids[i]]
+        return []
 
     def _pixels(self, item: Loaded, i: int) -> Array | None:
         if i < len(item.pixels):
@@ -273,6 +296,10 @@ class Report:
         if not self.several and predicted != int(self.result.target[i]):
             title += f" (predicted {self._class(predicted)})"
         return title
+
+
+def _named(label: str, method: str) -> str:
+    return method if label == method else f"{label}: {method}"
 
 
 def _plain(value: Any) -> Any:

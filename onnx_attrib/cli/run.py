@@ -13,15 +13,16 @@ from onnx_attrib.cli.common import (
     TargetType,
     json_option,
     note,
+    picture_option,
     print_json,
     progress,
-    write_whole,
 )
-from onnx_attrib.cli.reading import Reader, pixel_options, read_labels, single
+from onnx_attrib.cli.reading import PIXELS, Reader, read_labels, sample_options, single
 from onnx_attrib.cli.report import Report
 from onnx_attrib.images import load_arrays
 from onnx_attrib.recipe import Recipe
 from onnx_attrib.runtime import Explainer, Explanation
+from onnx_attrib.whole import write_whole
 
 
 @click.command(
@@ -31,21 +32,11 @@ Examples:
   onnx-attrib run cnn.deeplift.onnx --input digit.png --plot explained.png
   onnx-attrib run net.gradient.onnx --input photo.jpg --preset imagenet --labels names.txt
   onnx-attrib run bert.gradient.onnx --input batch.npz --target 1 -o out.npz
-
-A pixel p from 0 to 255 becomes (p · scale − mean) / std. The default preset is what the model's
-metadata says (Image.NominalPixelRange), else imagenet for colour and zero-one for gray inputs.
-Arrays are fed as they are unless one of these options is given.
-""",
+"""
+    + PIXELS,
 )
 @click.argument("compiled", type=click.Path(path_type=Path))
-@click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="[NAME=]FILE",
-    help="An image, .npy or .npz (arrays by input name); repeated: one for each input, or images "
-    "of one batch.",
-)
+@sample_options
 @click.option("--target", type=TargetType(), help="Class to explain. [default: the predicted one]")
 @click.option(
     "--baseline",
@@ -58,23 +49,9 @@ Arrays are fed as they are unless one of these options is given.
     "--seed", metavar="FILE", help="Weights .npy, for models compiled with --target seed."
 )
 @click.option(
-    "--labels",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Names of the classes: a line each, or a JSON list or object.",
-)
-@click.option(
     "-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write all arrays (.npz)."
 )
-@click.option(
-    "--plot",
-    "picture",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Draw input and attribution (.png, .pdf, .svg): red for, blue against.",
-)
-@pixel_options
-@click.option("--crop", is_flag=True, help="Cut images to the input's shape; else they stretch.")
+@picture_option
 @json_option
 def run_command(
     compiled: Path,

@@ -14,6 +14,7 @@ from onnx_attrib.cli.common import (
     as_mapping,
     chosen_methods,
     json_option,
+    method_options,
     print_json,
     progress,
 )
@@ -43,13 +44,7 @@ uncertainty together; "unclear" where the uncertainty alone is too large to tell
     metavar="NAME",
     help="Compile MODEL for this method first; may be repeated. [default: deeplift]",
 )
-@click.option(
-    "--option",
-    "options",
-    multiple=True,
-    metavar="[METHOD.]KEY=VALUE",
-    help="An option of the methods that have it, or of one METHOD; may be repeated.",
-)
+@method_options
 @click.option(
     "--source",
     type=click.Path(path_type=Path),
