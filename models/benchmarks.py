@@ -4,7 +4,7 @@
     python models/benchmarks.py
 
 exports the networks (``--models DIR`` keeps them), measures with ``onnx_attrib.bench`` on one
-thread, and writes the tables beside this file. It takes about ten minutes.
+thread, and writes the tables beside this file. It takes about half an hour.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from tests import zoo  # noqa: E402
+from tests.long_graphs import LONG  # noqa: E402
 
 CNN = "mnist_cnn"
 METHOD_MODELS = ("resnet18", CNN, "vit")
@@ -43,6 +45,8 @@ WINDOWS = {"resnet18": "3,8,8", CNN: "1,4,4", "vit": "3,8,8"}
 LARGE = ("resnet18", "resnet50", "vgg11")
 ROUNDS, LARGE_ROUNDS, HEAVY_ROUNDS, STEPS = 30, 7, 3, 10
 BATCHES = (1, 8)
+BOUNDS = (16, 64, 256)
+COUNTS = (2500, 10_000)
 
 TEXT = """# Benchmarks
 
@@ -53,8 +57,8 @@ Made by `python models/benchmarks.py`; `onnx-attrib bench` measures the same for
   divided by that of the source model's forward pass in the same round, and the median of {rounds}
   rounds is shown ({large} for {largest}), of {heavy} for methods of many sweeps (from `deep-shap`
   on, and integrated gradients). ONNX Runtime optimizes both graphs alike, at its default level.
-- Memory is what one run needs on top of the loaded model at its peak, with ONNX Runtime's arena
-  off, divided by the forward pass's. At batch 1 of small models it is some 100 KiB, and rough.
+- Memory is what one run needs on top of the loaded model at its peak, in a process of its own with
+  ONNX Runtime's arena off. At batch 1 of small models it is some 100 KiB, and rough.
 - The networks are those of `tests/zoo` (full-width ResNets at 3×64×64, `mobilenet` at half
   width; `vit` and `encoder` are small transformers) with random weights, which cost what trained
   ones cost, exported by PyTorch's dynamo exporter with an open batch; `mnist_cnn` is shipped.
@@ -78,16 +82,34 @@ gradients has {steps} steps, evaluated together; time grows in proportion to the
 
 {ratios}
 
-Memory of a run, times that of the forward pass's:
+## Memory
+
+The peak of a run, divided by the sum of the forward pass's activations: all that its operators
+compute, as ONNX Runtime fuses them, which a backward pass has to come back to. In brackets, divided
+by the forward pass's own peak: that pass forgets each activation as soon as the next is there.
 
 {memory}
+
+Integrated gradients of 50 steps on 8 samples, with `--memory` and `--dim` of the batch 8: the chunk
+that was chosen, the peak of a run, and times the forward pass.
+
+{bounds}
+
+## Compiling
+
+Seconds of processor time to compile models of many nodes (`tests/long_graphs.py`), from a model in
+memory to a model in memory, and the nodes of the compiled model.
+
+{compiling}
 
 ## Against Captum
 
 Captum {captum} with PyTorch {torch} on the same networks and inputs in the same rounds, as modules,
 with the class given to Captum (the compiled graph chooses it itself, and gives the outputs too).
 Each cell: milliseconds here, Captum's, and Captum's divided by ours (above 1, ours is faster).
-`differs` is the largest difference of the two attributions over the largest entry.
+`differs` is the largest difference of the two attributions over the largest entry. `exported`:
+Captum's call traced by torch (`make_fx`), exported by `torch.onnx.export` for the batch at hand,
+and run in the same ONNX Runtime (`--against captum-export`).
 
 {captum_table}
 
@@ -227,8 +249,10 @@ def measured(name: str, folder: Path) -> list[tuple[str, list[Case]]]:
     common: dict[str, Any] = {"batches": BATCHES, "watch": progress}
     quick = {**common, "rounds": rounds(name)}
     compared = {"against": "captum", "module": module}
+    again = {"against": "captum-export", "module": module, "remembered": False}
     return [
         ("quick", bench(path, ["gradient", "deeplift"], **quick, **compared)),
+        ("exported", bench(path, ["gradient", "deeplift"], **quick, **again)),
         ("given", bench(path, "deeplift", baseline="input", **quick)),
         (
             "heavy",
@@ -240,6 +264,7 @@ def measured(name: str, folder: Path) -> list[tuple[str, list[Case]]]:
                 **compared,
                 rounds=HEAVY_ROUNDS,
                 warmup=1,
+                remembered=False,
             ),
         ),
     ]
@@ -251,35 +276,79 @@ def network_tables(folder: Path) -> tuple[str, str, str]:
     given = [f"deeplift, run-time baseline {batch}" for batch in BATCHES]
     averaged = [f"integrated-gradients {batch}" for batch in BATCHES]
     ratios = [["network", *heads, *given, *averaged]]
-    memory = [["network", *heads, *given, *averaged]]
-    peers = [["network", "batch", "gradient", "deeplift", "differs", "Σ off", f"IG, {STEPS} steps"]]
+    memory = [["network", *heads, *given]]
+    columns = ["gradient", "exported", "deeplift", "exported", "differs", "Σ off"]
+    peers = [["network", "batch", *columns, f"IG, {STEPS} steps"]]
     problems: dict[str, None] = {}
     for name in ZOO:
         cases = dict(measured(name, folder))
         places = [("quick", 1), ("quick", 2), ("given", 1), ("heavy", 1)]
-        rows = [case.rows[place] for kind, place in places for case in cases[kind]]
-        ratios.append([name, *map(ratio, rows)])
-        memory.append([name, *(number(row.run_ratio) for row in rows)])
+        rows = {place: [case.rows[place[1]] for case in cases[place[0]]] for place in places}
+        ratios.append([name, *(ratio(row) for place in places for row in rows[place])])
+        memory.append([name, *(held(row) for place in places[:3] for row in rows[place])])
         off = residuals(name, folder)
-        for quick, heavy in zip(cases["quick"], cases["heavy"], strict=True):
+        for quick, other, heavy in zip(
+            cases["quick"], cases["exported"], cases["heavy"], strict=True
+        ):
             gradient, deeplift, averaged_row = quick.rows[1], quick.rows[2], heavy.rows[1]
-            peers.append(
-                [
-                    name,
-                    str(quick.batch),
-                    against(gradient),
-                    against(deeplift),
-                    differs(deeplift),
-                    off,
-                    against(averaged_row),
-                ]
-            )
-            for row in (gradient, deeplift, averaged_row):
+            cells = [against(gradient), against(other.rows[1])]
+            cells += [against(deeplift), against(other.rows[2]), differs(deeplift), off]
+            peers.append([name, str(quick.batch), *cells, against(averaged_row)])
+            for row in (gradient, deeplift, averaged_row, *other.rows[1:]):
                 if row.peer is not None and row.peer.problem:
                     problems[f"- {row.method} on {name}: {row.peer.problem}"] = None
         print(" | ".join(ratios[-1]), flush=True)
+        print(" | ".join(memory[-1]), flush=True)
+        print("\n".join(" | ".join(line) for line in peers[-len(BATCHES) :]), flush=True)
     compared = [*markdown(peers), *([""] if problems else []), *problems]
     return "\n".join(markdown(ratios)), "\n".join(markdown(memory)), "\n".join(compared)
+
+
+def bound_table(folder: Path) -> str:
+    """Integrated gradients of 50 steps within bounds on memory."""
+    table = [["network", *(f"{bound} MiB" for bound in BOUNDS)]]
+    for name in ("resnet18", "resnet50", "vgg11", "vit"):
+        path = exported(name, folder)
+        symbol = onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param
+        cells = [name]
+        for bound in BOUNDS:
+            compiled = onnx_attrib.compile(
+                path, "integrated-gradients", memory=bound, dims={symbol: 8}, target="argmax"
+            )
+            chunk = onnx_attrib.Explainer(compiled).options["chunk"]
+            (case,) = bench(
+                path,
+                "integrated-gradients",
+                chunk=chunk,
+                batches=[8],
+                rounds=HEAVY_ROUNDS,
+                warmup=1,
+                watch=progress,
+            )
+            row = case.rows[1]
+            taken = number((row.run_bytes or 0) / 2**20)
+            cells.append(f"{chunk}: {taken} MiB, {ratio(row)}")
+        print(" | ".join(cells), flush=True)
+        table.append(cells)
+    return "\n".join(markdown(table))
+
+
+def compile_table() -> str:
+    """Seconds, and nodes, by model and method."""
+    methods = ("gradient", "deeplift", "integrated-gradients", "lrp")
+    table = [["model", "nodes", *methods]]
+    for name, build in LONG.items():
+        for count in COUNTS:
+            source = build(count)
+            cells = [name, str(len(source.graph.node))]
+            for method in methods:
+                start = time.process_time()
+                compiled = onnx_attrib.compile(source, method, target=0)
+                seconds = time.process_time() - start
+                cells.append(f"{number(seconds)} ({len(compiled.graph.node)})")
+            print(" | ".join(cells), flush=True)
+            table.append(cells)
+    return "\n".join(markdown(table))
 
 
 def residuals(name: str, folder: Path) -> str:
@@ -316,6 +385,10 @@ def differs(row: Row) -> str:
 
 def ratio(row: Row) -> str:
     return number(row.times.cpu_ratio.median if row.times.cpu_ratio else None)
+
+
+def held(row: Row) -> str:
+    return f"{number(row.activation_ratio)} ({number(row.run_ratio)})"
 
 
 def number(value: float | None) -> str:
@@ -355,6 +428,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         ratios, memory, captum_table = network_tables(folder)
         methods, forwards = method_table(folder)
+        bounds = bound_table(folder)
+    compiling = compile_table()
     packages = ("onnxruntime", "onnx", "numpy")
     said = [f"onnx-attrib {onnx_attrib.__version__}", f"Python {platform.python_version()}"]
     text = TEXT.format(
@@ -370,6 +445,8 @@ def main() -> None:
         methods=methods,
         ratios=ratios,
         memory=memory,
+        bounds=bounds,
+        compiling=compiling,
         captum=version("captum"),
         torch=version("torch").partition("+")[0],
         captum_table=captum_table,

@@ -26,8 +26,9 @@ from onnx_attrib.draw import Drawer, drawer_for, fill
 from onnx_attrib.errors import CompileError, ModelError, OptionError, suggest
 from onnx_attrib.feeds import Array, Port, line
 from onnx_attrib.job import Choice
-from onnx_attrib.memory import memory_of
+from onnx_attrib.memory import activations_of, memory_of
 from onnx_attrib.model_io import Source, load, save
+from onnx_attrib.peer_export import Exported
 from onnx_attrib.peers import PEERS, RANDOM, Captum, Unsuited
 from onnx_attrib.profiling import Profile, profile
 from onnx_attrib.recipe import Recipe
@@ -46,6 +47,7 @@ PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
 _SHORTEST = 5e-3
 """Seconds that a round spends on one session, or more."""
 
+_KINDS = {kind.name: kind for kind in (Captum, Exported)}
 Watch = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -91,6 +93,8 @@ class Row:
 
     Ratios are to the source model's. ``nodes`` and ``file_bytes``: of the file; ``loaded_bytes``
     and ``run_bytes``: see :class:`onnx_attrib.memory.Memory`, None on other devices than the CPU.
+    ``activation_bytes``: all that the source model computes in a run, of which ``run_bytes`` is
+    ``activation_ratio``.
     """
 
     method: str | None
@@ -103,6 +107,8 @@ class Row:
     loaded_bytes: int | None = None
     run_bytes: int | None = None
     run_ratio: float | None = None
+    activation_bytes: int | None = None
+    activation_ratio: float | None = None
     peer: PeerRow | None = None
     profile: Profile | None = None
 
@@ -188,7 +194,8 @@ def bench(
         threads: that an operator (and torch) may use.
         rounds, warmup: how many; ``seed``: of the drawn inputs and orders.
         baseline, target: as for :func:`onnx_attrib.compile`; "input" feeds a baseline of zeros.
-        against: "captum", to measure it on the same network and inputs.
+        against: "captum", to measure it on the same network and inputs, or "captum-export": what
+            torch exports of Captum's attribution, in the same ONNX Runtime.
         module: that network as a torch module (default: converted by onnx2torch).
         profiled: also time operators, on the CPU.
         remembered: measure memory, on the CPU, which takes a process for each session.
@@ -221,7 +228,7 @@ def bench(
         weights = {tensor.name for tensor in source.graph.initializer}
         session = _session(files[0], CPU, threads)
         ports = [port for port in map(port_of, session.get_inputs()) if port.name not in weights]
-        peer = None if against is None else Captum(source, module, threads)
+        peer = None if against is None else _KINDS[against](source, module, threads)
         held = _Bench(
             source,
             files,
@@ -445,9 +452,18 @@ def _remembered(
         memory = memory_of(file.path, feeds, held.threads)
     if memory is None:
         return row
-    below = memory.run if forward is None else forward.run_bytes
-    ratio = memory.run / below if below else None
-    return replace(row, loaded_bytes=memory.loaded, run_bytes=memory.run, run_ratio=ratio)
+    if forward is None:
+        whole, below = activations_of(file.path, feeds, held.threads), memory.run
+    else:
+        whole, below = forward.activation_bytes or 0, forward.run_bytes or 0
+    return replace(
+        row,
+        loaded_bytes=memory.loaded,
+        run_bytes=memory.run,
+        run_ratio=memory.run / below if below else None,
+        activation_bytes=whole,
+        activation_ratio=memory.run / whole if whole else None,
+    )
 
 
 def _peers(
@@ -467,14 +483,14 @@ def _peers(
             held.peer.check(feeds, y)
         target = _classes(y, recipe.target)
         try:
-            with held.watch(f"preparing captum's {method}"):
+            with held.watch(f"preparing {held.peer.name}'s {method}"):
                 call = held.peer.call(file.choice, feeds, recipe.inputs, target, baseline)
                 theirs = call()
         except Unsuited as reason:
-            found[i] = None, PeerRow("captum", problem=str(reason))
+            found[i] = None, PeerRow(held.peer.name, problem=str(reason))
             continue
         difference = None if method in RANDOM else _difference(theirs, ours)
-        found[i] = call, PeerRow("captum", difference=difference)
+        found[i] = call, PeerRow(held.peer.name, difference=difference)
     return found
 
 

@@ -17,17 +17,22 @@ from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source, load
 from onnx_attrib.passes.apart import apart
 from onnx_attrib.passes.average import average
+from onnx_attrib.passes.blocked import blocked
 from onnx_attrib.passes.cluster import cluster
 from onnx_attrib.passes.describe import describe
 from onnx_attrib.passes.differentiate import differentiate
 from onnx_attrib.passes.finalize import finalize
+from onnx_attrib.passes.folded import folded
 from onnx_attrib.passes.front import front
+from onnx_attrib.passes.late import late
 from onnx_attrib.passes.legalize import legalize
 from onnx_attrib.passes.localize import localize
 from onnx_attrib.passes.merge import merge
 from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.passes.perturb import perturb
+from onnx_attrib.passes.phases import phases
 from onnx_attrib.passes.place import place
+from onnx_attrib.passes.pooled import pooled
 from onnx_attrib.passes.postprocess import postprocess
 from onnx_attrib.passes.precision import halve
 from onnx_attrib.passes.quantized import mark, unmark
@@ -37,8 +42,11 @@ from onnx_attrib.passes.reference import reference
 from onnx_attrib.passes.report import report
 from onnx_attrib.passes.scope import scope
 from onnx_attrib.passes.simplify import simplify
+from onnx_attrib.passes.sizes import sizes
 from onnx_attrib.passes.substitute import substitute
+from onnx_attrib.passes.sums import sums
 from onnx_attrib.passes.target import target as choose_target
+from onnx_attrib.passes.winners import winners
 
 Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 """One method, several, or several with options of their own."""
@@ -279,8 +287,24 @@ def _means(method: Method) -> Pass:
 Pass = Callable[[Job], None]
 
 PREPARING: tuple[Pass, ...] = (mark, scope, apart, choose_target)
-COMPARING: tuple[Pass, ...] = (reference, cluster, recognize, merge, front, substitute, report)
-FINISHING: tuple[Pass, ...] = (unmark, legalize, place, simplify, describe)
+COMPARING: tuple[Pass, ...] = (
+    *(reference, cluster, recognize, merge),
+    *(sums, front, substitute, report),
+)
+FINISHING: tuple[Pass, ...] = (
+    unmark,
+    legalize,
+    place,
+    sizes,
+    simplify,
+    folded,
+    pooled,
+    winners,
+    phases,
+    blocked,
+    late,
+    describe,
+)
 
 
 def _checked_target(target: Any) -> Target:
@@ -390,4 +414,4 @@ def _loaded_baseline(baseline: Any) -> Baseline:
     return {name: loaded[name] for name in loaded.files}
 
 
-__all__ = ["CompileError", "checked_reduce", "chosen", "compile", "finished", "prepare"]
+__all__ = ["CompileError", "checked_reduce", "chosen", "compile", "finished", "prepare", "resolved"]

@@ -91,12 +91,17 @@ class Cluster:
     stand_in: Node | None = None
     operands: list[Tensor] = field(default_factory=list)
     """What the operator reads besides the root: merged weights."""
-    late: tuple[Tensor | None, Tensor | None] = (None, None)
-    """A factor and a term of the operator's that the model has only behind ``output``."""
+    late: tuple[tuple[str, Tensor], ...] = ()
+    """Factors and terms of the operator's that the model has only behind ``output``: by which
+    operators they are applied, in order."""
     piecewise: bool = False
     """Whether the nonlinearity is piecewise linear."""
     rectifier: float = 0.0
     """Its slope for positive numbers, if it is a ReLU or its kin."""
+    bearer: int | None = None
+    """Which of a sum's operands the constants among them belong to, if one does."""
+    within: tuple[Tensor | None, ...] = ()
+    """What of a sum's varying operands is constant."""
 
 
 @dataclass
@@ -157,6 +162,8 @@ class Job:
     expected: Tensor | None = None
     """With a background: the output's mean over the references, of batch 1 or N."""
     clusters: dict[str, Cluster] = field(default_factory=dict)
+    bearers: dict[str, int] = field(default_factory=dict)
+    """Of sums with a layer that takes their constants: which term it is, by the sum's name."""
     front: Front | None = None
     parts: list[Job] = field(default_factory=list)
     """The jobs of the methods."""

@@ -1,8 +1,9 @@
-"""The memory that one run of a model needs, measured in a process of its own."""
+"""The memory that a run of a model needs, measured in a process of its own; its activations."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import pickle
 import subprocess
@@ -18,6 +19,8 @@ from onnx_attrib.session import onnxruntime, open_session, run_session, session_
 
 _RUNS = 2
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_VIEWS = frozenset("Flatten Identity Reshape Squeeze Unsqueeze".split())
+"""Operators whose outputs ONNX Runtime keeps where their inputs are."""
 # Freed memory goes back to the system at once: what is resident is what is in use.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -61,6 +64,25 @@ def memory_of(path: str, feeds: Mapping[str, Array], threads: int) -> Memory | N
     return Memory(loaded, run)
 
 
+def activations_of(path: str, feeds: Mapping[str, Array], threads: int) -> int:
+    """Bytes of all that the operators of one run compute, on the CPU: what a run that kept every
+    activation would hold."""
+    ort = onnxruntime()
+    with tempfile.TemporaryDirectory(prefix="onnx-attrib-") as folder:
+        options = session_options(ort, threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = os.path.join(folder, "profile")
+        session = open_session(ort, path, ["CPUExecutionProvider"], "it", options=options)
+        run_session(session, [output.name for output in session.get_outputs()], feeds)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    done = [event["args"] for event in events if event["cat"] == "Node"]
+    return sum(
+        int(arguments["output_size"])
+        for arguments in done
+        if arguments.get("output_size") and arguments["op_name"] not in _VIEWS
+    )
+
+
 def _child() -> None:
     """Load, run and print; the task is a file that :func:`memory_of` wrote."""
     path, feeds, threads = pickle.loads(Path(sys.argv[1]).read_bytes())
@@ -84,4 +106,4 @@ def _resident(key: str) -> int:
     raise OSError(f"{_STATUS} has no {key}")
 
 
-__all__ = ["Memory", "memory_of"]
+__all__ = ["Memory", "activations_of", "memory_of"]

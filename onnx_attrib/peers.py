@@ -20,7 +20,7 @@ from onnx_attrib.errors import CompileError, OptionError, RuntimeMissingError
 from onnx_attrib.feeds import Array, line
 from onnx_attrib.job import Choice
 
-PEERS = ("captum",)
+PEERS = ("captum", "captum-export")
 _TOLERANCE = 1e-3
 """Of outputs, relative to their largest entry: far more than float32 rounds, far less than another
 network differs."""
@@ -52,10 +52,12 @@ def module_from(text: str) -> Any:
 class Captum:
     """A torch module, with a call of Captum for each method that Captum has."""
 
+    name = "captum"
+
     def __init__(self, model: ModelProto, module: Any, threads: int) -> None:
         """``module``: None converts the model. Errors if torch or Captum are not installed, or if
         the conversion fails."""
-        found = [_required(name, package) for name, package in _NEEDED.items()]
+        found = [required(name, package) for name, package in _NEEDED.items()]
         self._torch, self._captum = found
         self._torch.set_num_threads(threads)
         self.module = _converted(model) if module is None else module
@@ -98,6 +100,26 @@ class Captum:
 
         ``target``: the class of each sample. Raises Unsuited.
         """
+        attribute, xs = self._attribution(choice, feeds, attributed, target, baseline)
+
+        def run() -> list[Array]:
+            return [value.detach().numpy() for value in attribute(*xs)]
+
+        try:
+            run()
+        except Exception as error:  # Captum's own, of many kinds
+            raise Unsuited(f"captum failed: {line(error)}") from None
+        return run
+
+    def _attribution(
+        self,
+        choice: Choice,
+        feeds: Mapping[str, Array],
+        attributed: Sequence[str],
+        target: Array | None,
+        baseline: Any,
+    ) -> tuple[Callable[..., tuple[Any, ...]], tuple[Any, ...]]:
+        """From tensors to tensors what :meth:`call` does, and the tensors to call it with."""
         if list(attributed) != list(feeds):
             raise Unsuited("captum attributes to inputs, to all of them")
         xs = self._tensors(feeds)
@@ -111,17 +133,12 @@ class Captum:
             arguments["baselines"] = self._baselines(baseline, feeds, choice.method.background)
         classes = None if target is None else self._torch.from_numpy(target)
 
-        def attribute() -> list[Array]:
+        def attribute(*tensors: Any) -> tuple[Any, ...]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = explainer.attribute(xs, target=classes, **arguments)
-            return [value.detach().numpy() for value in found]
+                return tuple(explainer.attribute(tensors, target=classes, **arguments))
 
-        try:
-            attribute()
-        except Exception as error:  # Captum's own, of many kinds
-            raise Unsuited(f"captum failed: {line(error)}") from None
-        return attribute
+        return attribute, xs
 
     def _tensors(self, feeds: Mapping[str, Array]) -> tuple[Any, ...]:
         return tuple(self._torch.from_numpy(np.array(value)) for value in feeds.values())
@@ -142,7 +159,8 @@ class Captum:
         return self._tensors(rows)
 
 
-def _required(name: str, package: str) -> Any:
+def required(name: str, package: str) -> Any:
+    """A package that a comparison needs, or RuntimeMissingError."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -261,4 +279,4 @@ _AVERAGED = ("gradient", "saliency", "gradient-x-input", "deconvnet", "guided-ba
 RANDOM = ("expected-gradients", "smoothgrad", "shapley-sampling")
 """Methods whose numbers depend on what is drawn."""
 
-__all__ = ["PEERS", "RANDOM", "Captum", "Unsuited", "module_from"]
+__all__ = ["PEERS", "RANDOM", "Captum", "Unsuited", "module_from", "required"]

@@ -37,7 +37,7 @@ from onnx_attrib.passes.stack import (
 
 
 def average(job: Job) -> None:
-    """Emit the mean over all draws: a Loop over groups of them, or the one group there is."""
+    """Emit the mean over all draws, group by group."""
     if job.method.draws is None:
         raise LookupError(f"method '{job.method.name}' has no draws")
     draws, batch = job.method.draws(job.options), stackable(job)
@@ -54,8 +54,18 @@ def average(job: Job) -> None:
     expects = job.request.delta and job.method.complete and job.background is not None
     if expects and job.background is not None:
         start.append(_no_output(job, job.background))
+    # Spelled out, references would be evaluated at load time, and which of a background's rows a
+    # group has be computed from its size, on the CPU.
+    background = job.background
+    loops = background is not None and (
+        job.method.compares or not isinstance(background.count, int)
+    )
     totals = accumulate(
-        job.graph, groups.count, start, lambda number: _Group(job, draws, groups, number).sums()
+        job.graph,
+        groups.count,
+        start,
+        lambda number: _Group(job, draws, groups, number).sums(),
+        () if loops else job.scope.dependent,
     )
     if expects:
         job.expected = totals.pop()
@@ -139,8 +149,9 @@ class _Groups:
     def numbers(self, graph: Graph, number: Tensor) -> Tensor:
         """The draws of a group, int64 [size]; the last group goes on past the total."""
         op, places = graph.op, np.arange(self.size, dtype=np.int64)
-        if isinstance(self.count, int) and self.count == 1:
-            return graph.constant(places)
+        known = graph.value(number)
+        if known is not None:
+            return graph.constant(known * self.size + places)
         if isinstance(self.total, int) or self.size == 1:
             return op.Add(op.Mul(number, self.size), places)
         # (A Range would wait for its ends to come to the host.)
@@ -153,8 +164,9 @@ class _Groups:
         rows = np.asarray(values, dtype)
         more = np.full((self.count * self.size - len(rows), *rows.shape[1:]), fill, dtype)
         rows = np.concatenate([rows, more]).reshape(self.count, self.size, *rows.shape[1:])
-        if self.count == 1:
-            return graph.constant(rows[0])
+        known = graph.value(number)
+        if known is not None:
+            return graph.constant(rows[int(known)])
         return graph.op.Gather(graph.constant(rows), number, axis=0)
 
 
@@ -323,6 +335,9 @@ class _Group:
         """Which rows this group has; None for all there are, in their order."""
         if self.draws.rows:
             chosen = self.groups.table(self.graph, self.number, self.draws.rows, np.int64, 0)
+            known = self.graph.value(chosen)
+            if known is not None and isinstance(background.count, int):
+                return self.graph.constant(known % background.count)
             return self.op.Mod(chosen, background.count)
         if isinstance(self.groups.count, int) and self.groups.count == 1:
             return None

@@ -16,14 +16,26 @@ import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
 from onnx_attrib.errors import Offence, OptionError, UnsupportedOpError
-from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, Values, is_float, operands
+from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, Values, bodies, is_float, operands
 from onnx_attrib.job import Cluster, Front, Job, Scope
 from onnx_attrib.methods.base import GRADIENT, Shares, Table
 from onnx_attrib.passes.cluster import Stretch, find
 from onnx_attrib.passes.discarded import discarded, may_be_infinite
 from onnx_attrib.passes.recognize import spelled
 from onnx_attrib.passes.simplify import share
-from onnx_attrib.rules import Composite, Elementwise, Rule, Site, Structured, Unsupported
+from onnx_attrib.passes.standardize import standardizations
+from onnx_attrib.passes.sums import Path
+from onnx_attrib.passes.sums import found as summed
+from onnx_attrib.rules import (
+    Composite,
+    Elementwise,
+    Rule,
+    Site,
+    Structured,
+    Unsupported,
+    active_inputs,
+)
+from onnx_attrib.rules.affine import has_layer
 from onnx_attrib.rules.base import Cotangent, Pair, each, total
 from onnx_attrib.rules.broadcast import expand, is_full, refine, same_shape, unbroadcast
 
@@ -56,6 +68,7 @@ def sweep_of(
         job.notes,
         job.method.clusters,
         job.met,
+        sums=job.method.sums,
         front=job.front,
     )
 
@@ -126,6 +139,8 @@ class Sweep:
     notes: list[str] = field(default_factory=list)
     clustering: str = ""
     met: dict[str, dict[str, None]] = field(default_factory=dict)
+    sums: bool = False
+    """Whether a sum counts as one, in however many nodes it is spelled."""
     discarded: set[str] = field(default_factory=set)
     """Tensors of which a Where may discard entries."""
     front: Front | None = None
@@ -207,11 +222,14 @@ class Sweep:
         """The sweep by another table."""
         return replace(self, table=table)
 
-    def decompose(self, site: Site, rule: Composite, table: Table | None = None) -> Shares:
+    def decompose(
+        self, site: Site, rule: Composite, table: Table | None = None, keep: bool = False
+    ) -> Shares:
         """Sweep through the operator's definition, emitted at both points."""
         with self.graph.record() as nodes:
             outputs = rule.decompose(site)
-        return self.through(site, nodes, outputs, table=table)
+        known = {y.name: site.y for y in outputs[:1] if keep and y is not None}
+        return self.through(site, nodes, outputs, known, table=table)
 
     def through(
         self,
@@ -220,11 +238,14 @@ class Sweep:
         outputs: Sequence[Tensor | None],
         known: Mapping[str, Tensor] | None = None,
         known_reference: Mapping[str, Tensor] | None = None,
+        ahead: set[str] | None = None,
         table: Table | None = None,
     ) -> Shares:
         """Sweep through ``nodes``, which compute ``outputs`` from ``site.inputs``.
 
         What depends on a ``known`` value is computed from it, not from the node that gives it.
+        ``ahead``: names among the inputs that no layer with weights precedes, if the site is not
+        the node itself.
         """
         graph, reference = self.graph, None
         if site.reference is not None:
@@ -245,16 +266,23 @@ class Sweep:
         inner = Sweep(
             graph, table or self.table, at, reference, {}, self.reference_dims, self.notes
         )
-        inner.met, inner.front = self.met, self.front
+        inner.met, inner.sums = self.met, self.sums
+        if self.front is not None:
+            if ahead is None:
+                ahead = {site.x(i).name for i in self.early(site)}
+            late = self.behind(nodes, set(wanted) - ahead, active)
+            inner.front = replace(self.front, names=self.front.names | (active - late))
         if site.discarded:
             inner.discarded = {y.name for y in outputs if y is not None}
         if self.clustering and table is None:
             inner.clustering = self.clustering
-            inner.clusters = self._clusters(site, nodes, active)
+            inner.clusters = self._clusters(site, nodes, active, {y.name for y in ends})
         shares = inner.run(nodes, active, seeds, wanted)
         return {wanted[name]: m for name, m in shares.items()}
 
-    def _clusters(self, site: Site, nodes: Sequence[Node], active: set[str]) -> dict[str, Cluster]:
+    def _clusters(
+        self, site: Site, nodes: Sequence[Node], active: set[str], ends: set[str]
+    ) -> dict[str, Cluster]:
         """Nonlinearities spelled out within a definition or a body."""
         graph = self.graph
         outside = {t.name for t in site.inputs if t is not None and graph.value(t) is None}
@@ -265,10 +293,15 @@ class Sweep:
                 changing.update(t.name for t in node.outputs if t.name)
         on_path = [node for node in nodes if active_inputs(node, active)]
         found = find(Stretch(graph, on_path, dependent, active, outside), self.clustering)
-        softmaxes = spelled(graph, on_path, active)
+        whole = spelled(graph, on_path, active)
+        if self.clustering == "chains" and bodies(site.node):
+            whole |= standardizations(graph, on_path, dependent, active)
         # The definition of a softmax is not to be followed through a softmax.
-        own = [r.stand_in is not None and r.stand_in.op == site.node.op for r in softmaxes.values()]
-        return found if any(own) else {**found, **softmaxes}
+        own = [r.stand_in is not None and r.stand_in.op == site.node.op for r in whole.values()]
+        clusters = found if any(own) else {**found, **whole}
+        if self.sums:
+            clusters.update(summed(Path(graph, on_path, active, ends | outside), clusters))
+        return clusters
 
     def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
         """Names of the tensors that ``roots`` reach through differentiable operators."""
@@ -285,8 +318,23 @@ class Sweep:
 
     def first(self, site: Site) -> bool:
         """Whether no layer with weights precedes the site, for methods with ``merges``."""
-        read = operands(site.node)
-        return self.front is not None and all(read[i].name in self.front.names for i in site.active)
+        return self.front is not None and self.early(site) == set(site.active)
+
+    def early(self, site: Site) -> set[int]:
+        """The active inputs that no layer with weights precedes."""
+        read, names = operands(site.node), set() if self.front is None else self.front.names
+        return {i for i in site.active if read[i].name in names}
+
+    def behind(self, nodes: Sequence[Node], names: set[str], active: set[str]) -> set[str]:
+        """``names``, and those of what is computed from them or by layers with weights."""
+        result, active = set(names), flow(nodes, active)
+        for node in nodes:
+            indices, read = active_inputs(node, active), operands(node)
+            if any(read[i].name in result for i in indices) or (
+                indices and has_layer(node, indices)
+            ):
+                result |= {t.name for t in node.outputs if t.name}
+        return result
 
     def scaled(self, site: Site) -> bool:
         """Whether the site reads an input, at most moved, scaled or shifted."""
@@ -307,6 +355,9 @@ class Sweep:
         nodes = self.graph.prune(self.front.nodes, [tensor])
         read = {t.name for node in nodes for t in self.graph.uses(node)} | {tensor.name}
         sources = [t for t in self.front.sources if t.name in read]
+        if not sources:
+            # Within a loop: the elements of an input have its range.
+            return filled(self.graph, site.x(i), low), filled(self.graph, site.x(i), high)
         left, right = (
             self.graph.replicate(
                 nodes, {t.name: filled(self.graph, self.at(t), end) for t in sources}
@@ -334,11 +385,12 @@ class Sweep:
             # The region stands as a node of its own: its root in, its output out.
             node = _stand_in(cluster)
             indices: tuple[int, ...] = (0,)
-            rule: Rule | None = (
-                rules.lookup(node.op, node.domain, indices)
-                if cluster.stand_in is not None
-                else self._cluster_rule(cluster)
-            )
+            rule: Rule | None
+            if cluster.stand_in is None:
+                rule = self._cluster_rule(cluster)
+            else:
+                indices = active_inputs(node, active)
+                rule = rules.lookup(node.op, node.domain, indices)
         else:
             indices = active_inputs(node, active)
             rule = rules.lookup(node.op, node.domain, indices)
@@ -430,14 +482,6 @@ class Sweep:
         return m.joined(self.graph.op) if isinstance(m, Pair) else m
 
 
-def active_inputs(node: Node, active: set[str]) -> tuple[int, ...]:
-    """Indices of the inputs through which attribution flows back."""
-    if rules.is_barrier(node.op, node.domain):
-        return ()
-    blocked = rules.blocked(node.op, node.domain)
-    return tuple(i for i, t in enumerate(operands(node)) if t.name in active and i not in blocked)
-
-
 def flow(nodes: Sequence[Node], roots: set[str]) -> set[str]:
     """Names of the tensors that ``roots`` reach through differentiable operators."""
     active = set(roots)
@@ -496,7 +540,7 @@ def _stand_in(cluster: Cluster) -> Node:
         node = gs.Node(spelled.op, spelled.name, dict(spelled.attrs))
     # Plain lists: graphsurgeon's own would enter the stand-in as a producer of the output.
     node.inputs, node.outputs = [cluster.root, *cluster.operands], [cluster.output]
-    node.late = cluster.late
+    node.late, node.bearer, node.within = cluster.late, cluster.bearer, cluster.within
     return node
 
 

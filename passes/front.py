@@ -10,14 +10,13 @@ about the layers (a rule for one that is not there) in ``job.notes``.
 
 from __future__ import annotations
 
-from onnx import GraphProto
-
 from onnx_attrib import rules
-from onnx_attrib.ir import Node, bodies, operands, subgraphs
+from onnx_attrib.ir import Node, operands
 from onnx_attrib.job import Front, Job
 from onnx_attrib.passes.differentiate import active_inputs
 from onnx_attrib.passes.reference import outermost
-from onnx_attrib.rules import Bilinear, Linear, Rule, Structured
+from onnx_attrib.rules import Bilinear, Linear
+from onnx_attrib.rules.affine import has_layer, is_layer
 
 
 def front(job: Job) -> None:
@@ -31,7 +30,8 @@ def front(job: Job) -> None:
     for node in graph.prune(graph.in_order(graph.nodes), [job.scope.output, *job.scope.inputs]):
         read = {t.name for t in graph.uses(node)}
         outputs = {t.name for t in node.outputs if t.name}
-        if read & behind or (read & ahead and _has_layer(node, ahead)):
+        varying = tuple(i for i, t in enumerate(operands(node)) if t.name in ahead)
+        if read & behind or (varying and has_layer(node, varying)):
             behind |= outputs
         elif read & ahead:
             ahead |= outputs
@@ -48,7 +48,7 @@ def layer_names(job: Job) -> list[str]:
     scope, names = job.scope, []
     for node in scope.nodes:
         active = active_inputs(node, scope.active)
-        if _is_layer(rules.lookup(node.op, node.domain, active), active):
+        if is_layer(rules.lookup(node.op, node.domain, active), active):
             names.append(node.name or node.outputs[0].name)
     return names
 
@@ -61,30 +61,6 @@ def _scales(node: Node, varying: set[str], scaled: set[str]) -> bool:
     if isinstance(rule, Bilinear) and rule.layer:
         return False
     return plain and len(active) == 1 and operands(node)[active[0]].name in scaled
-
-
-def _has_layer(node: Node, varying: set[str]) -> bool:
-    """Whether a node is a layer with weights, or runs some."""
-    if any(_body_has_layer(body) for body in bodies(node)):
-        return True
-    active = tuple(i for i, t in enumerate(operands(node)) if t.name in varying)
-    return _is_layer(rules.lookup(node.op, node.domain, active), active)
-
-
-def _body_has_layer(body: GraphProto) -> bool:
-    for node in body.node:
-        if _is_layer(rules.lookup(node.op_type, node.domain, (0,)), (0,)):
-            return True
-        if any(_body_has_layer(inner) for inner in subgraphs(node)):
-            return True
-    return False
-
-
-def _is_layer(rule: Rule | None, active: tuple[int, ...]) -> bool:
-    if isinstance(rule, Structured):
-        # A recurrent operator; control flow is what its bodies are.
-        return not rule.transparent
-    return isinstance(rule, Bilinear) and bool(rule.layer) and len({0, 1} & set(active)) == 1
 
 
 __all__ = ["front", "layer_names"]

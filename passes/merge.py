@@ -3,7 +3,8 @@
 Relevance rules, RevealCancel and pattern methods look at a layer's weights and bias. A bias that
 an exporter adds afterwards, a BatchNormalization or a factor for each channel are part of the
 layer before them: conv → norm is one convolution, MatMul → Add one dense layer. They may also
-follow a Transpose or a Reshape of the layer's output, as in layouts with the channels last. The
+follow a Transpose or a Reshape of the layer's output, as in layouts with the channels last, or be
+added behind the sum that the layer is a term of: (h + W x) + b is h + (W x + b). The
 model's own nodes stay as they are; the merged weights are operators on constants, which ONNX
 Runtime folds.
 
@@ -13,22 +14,24 @@ region that stands for the layer with its merged weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_attrib import rules
-from onnx_attrib.ir import Graph, Node, Tensor, operands
+from onnx_attrib.ir import Graph, Node, Tensor, operands, static
 from onnx_attrib.job import Cluster, Job
-from onnx_attrib.passes.differentiate import active_inputs
-from onnx_attrib.rules import Bilinear, Site
+from onnx_attrib.passes.sums import Sum, path_of, spelled, standing
+from onnx_attrib.rules import Bilinear, Site, active_inputs
 from onnx_attrib.rules.composite import batch_factor
 
 _PASSED = frozenset({"Identity", "Dropout"})
 _SLOTLESS = frozenset({"MatMul", "Einsum"})
 """Layers whose operator takes no bias: any constant that is added is one."""
-_MOVES = frozenset({"Identity", "Dropout", "Transpose", "Reshape"})
+_MOVES = frozenset("Identity Dropout Transpose Reshape Flatten Squeeze Unsqueeze".split())
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Affine:
     groups: int = 1
 
 
+Merged = tuple[Affine, Tensor, list[Node], "_Late"]
+"""A layer, its output, its nodes, and what is behind."""
+
+
 def merge(job: Job) -> None:
     """Collect layers with what follows them, for methods that look at weights."""
     if not job.method.merges:
@@ -58,6 +65,7 @@ def merge(job: Job) -> None:
     for node in scope.nodes:
         for i in active_inputs(node, scope.active):
             readers.setdefault(operands(node)[i].name, []).append(node)
+    merged: dict[str, Merged] = {}
     for node in scope.nodes:
         layer = layer_at(graph, node, active_inputs(node, scope.active))
         if layer is None:
@@ -75,6 +83,42 @@ def merge(job: Job) -> None:
         if layer.weight is not node.inputs[1] or len(nodes) > 1 or late.nodes:
             job.clusters[end.name] = _region(graph, layer, end, nodes, late)
             job.clusters.update(late.passed())
+        merged[late.end.name] = (layer, end, nodes, late)
+    if job.method.sums:
+        job.clusters.update(standing(path_of(job), job.clusters))
+        for one in spelled(path_of(job), job.clusters):
+            _take_constants(job, one, merged)
+
+
+def _take_constants(job: Job, one: Sum, merged: Mapping[str, Merged]) -> None:
+    """Give a sum's constants to the layer among its terms, if there is one and it has room.
+
+    An exporter may add a layer's bias behind the sum that the layer is a term of.
+    """
+    graph, places = job.graph, [i for i, t in enumerate(one.terms) if t.name in merged]
+    if len(places) != 1 or not one.constants:
+        return
+    y = one.terms[places[0]]
+    layer, end, nodes, late = merged[y.name]
+    late = replace(late, steps=[*late.steps])
+    for constant, negative in one.constants:
+        if not _fits(graph, constant, y):
+            return
+        if layer.node.op in _SLOTLESS and end is y:
+            term = graph.op.Neg(constant) if negative else constant
+            late.term = _total(graph, late.term, term)
+        elif (vector := _vector(graph, late.channels, y, constant)) is not None:
+            vector = graph.op.Neg(vector) if negative else vector
+            late.shift = _total(graph, late.shift, vector)
+            late.steps.append(("Add", vector))
+        else:
+            return
+    job.clusters[end.name] = _region(graph, layer, end, nodes, late)
+    job.bearers[one.nodes[-1].outputs[0].name] = places[0]
+
+
+def _total(graph: Graph, a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else graph.op.Add(a, b)
 
 
 def layer_at(graph: Graph, node: Node, active: tuple[int, ...]) -> Affine | None:
@@ -132,7 +176,7 @@ def _extended(graph: Graph, layer: Affine, y: Tensor, node: Node) -> Affine | No
         return _plus(graph, layer, other if node.op == "Add" else op.Neg(other))
     vector = None
     if layer.node.op != "Einsum":
-        vector = _per_channel(graph, layer.channel, y, node, other)
+        vector = _per_channel(graph, (layer.channel,), y, node, other)
     if vector is None:
         return None
     if node.op in ("Add", "Sub"):
@@ -154,24 +198,29 @@ class _Late:
     """What belongs to a layer but comes after nodes that move its entries.
 
     y · ``scale`` + ``shift``, both [channels] or [1] (None: 1 and 0), by ``nodes``, each with its
-    input that varies.
+    input that varies. ``term``: of any shape, added last. ``end``: what the last of them gives,
+    with ``channels`` as its axes of channels (several if heads were made of them; none: unknown).
     """
 
+    end: Tensor
+    channels: tuple[int, ...]
     scale: Tensor | None = None
     shift: Tensor | None = None
+    term: Tensor | None = None
     nodes: list[tuple[Node, int]] = field(default_factory=list)
+    steps: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def add(self, graph: Graph, node: Node, varying: int, vector: Tensor) -> None:
         """Take a sum or a product with one number for each channel in."""
-        op = graph.op
+        op, step = graph.op, vector
         if node.op in ("Add", "Sub"):
-            vector = vector if node.op == "Add" else op.Neg(vector)
-            self.shift = vector if self.shift is None else op.Add(self.shift, vector)
+            self.shift = _total(graph, self.shift, vector if node.op == "Add" else op.Neg(vector))
         else:
             vector = vector if node.op == "Mul" else op.Reciprocal(vector)
             self.scale = vector if self.scale is None else op.Mul(self.scale, vector)
             self.shift = None if self.shift is None else op.Mul(self.shift, vector)
         self.nodes.append((node, varying))
+        self.steps.append((node.op, step))
 
     def passed(self) -> dict[str, Cluster]:
         """What is left of the nodes: nothing."""
@@ -187,42 +236,72 @@ def _late(
     job: Job, readers: Mapping[str, list[Node]], channel: int, y: Tensor, inside: set[int]
 ) -> _Late:
     """Sums and products by channel behind nodes that move the entries of ``y``."""
-    graph, found = job.graph, _Late()
+    graph = job.graph
+    channels: tuple[int, ...] = () if channel < 0 else (channel,)
+    found = _Late(y, channels)
     while len(following := readers.get(y.name, [])) == 1 and y.name != job.scope.output.name:
-        node, shape = following[0], graph.shape(y) or ()
-        if channel < 0 or id(node) in inside:
+        node = following[0]
+        if not channels or id(node) in inside:
             break
         if node.op in _MOVES:
-            after = graph.shape(node.outputs[0]) or ()
-            if node.op == "Transpose":
-                perm = list(graph.attr(node, "perm") or range(len(shape))[::-1])
-                channel = perm.index(channel)
-            elif node.op == "Reshape":
-                # Rows of channels stay whole.
-                if channel != len(shape) - 1 or after[-1:] != shape[-1:] or shape[-1] is None:
-                    break
-                channel = len(after) - 1
+            channels = _moved(graph, node, channels)
         elif node.op in ("Add", "Sub", "Mul", "Div") and len(node.inputs) == 2:
             varying = 0 if node.inputs[0].name == y.name else 1
-            vector = _per_channel(graph, channel, y, node, node.inputs[1 - varying])
+            vector = _per_channel(graph, channels, y, node, node.inputs[1 - varying])
             if vector is None or (node.op in ("Sub", "Div") and varying):
                 break
             found.add(graph, node, varying, vector)
         else:
             break
         y = node.outputs[0]
+        found.end, found.channels = y, channels
     return found
 
 
-def _per_channel(graph: Graph, channel: int, y: Tensor, node: Node, other: Tensor) -> Tensor | None:
+def _moved(graph: Graph, node: Node, channels: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of channels behind a node that moves entries; none if they are not to be told."""
+    before, after = (graph.shape(t) or () for t in (node.inputs[0], node.outputs[0]))
+    if node.op in ("Identity", "Dropout"):
+        return channels
+    if node.op == "Transpose":
+        perm = list(graph.attr(node, "perm") or range(len(before))[::-1])
+        return tuple(perm.index(axis) for axis in channels)
+    # Rows of channels stay whole: they are the last axes, before and after.
+    sizes = static(tuple(before[axis] for axis in channels))
+    if sizes is None or channels != tuple(range(len(before) - len(channels), len(before))):
+        return ()
+    for count in range(1, len(after) + 1):
+        last = static(after[-count:])
+        if last is not None and math.prod(last) == math.prod(sizes):
+            return tuple(range(len(after) - count, len(after)))
+    return ()
+
+
+def _per_channel(
+    graph: Graph, channels: tuple[int, ...], y: Tensor, node: Node, other: Tensor
+) -> Tensor | None:
     """A constant operand as one number for each channel, [channels] or [1]; None if it is not."""
+    if graph.shape(node.outputs[0]) != graph.shape(y):
+        return None
+    return _vector(graph, channels, y, other)
+
+
+def _vector(graph: Graph, channels: tuple[int, ...], y: Tensor, other: Tensor) -> Tensor | None:
+    """A constant that fits ``y`` as [channels] or [1]; None if it is not of the channels alone."""
     value, shape = graph.value(other), graph.shape(y)
-    if value is None or shape is None or graph.shape(node.outputs[0]) != shape:
+    if value is None or shape is None or value.ndim > len(shape):
         return None
-    place = channel - (len(shape) - value.ndim)
-    if any(size != 1 for axis, size in enumerate(value.shape) if axis != place):
+    value = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
+    if any(size != 1 for axis, size in enumerate(value.shape) if axis not in channels):
         return None
-    return graph.op.Reshape(other, [-1])
+    if len(channels) == 1 or value.size == 1:
+        return graph.op.Reshape(other, [-1])
+    sizes = static(tuple(shape[axis] for axis in channels))
+    if sizes is None:
+        return None
+    alone = value.transpose(*channels, *(k for k in range(value.ndim) if k not in channels))
+    heads = alone.reshape(alone.shape[: len(channels)])
+    return graph.constant(np.broadcast_to(heads, sizes).reshape(-1))
 
 
 def _times(graph: Graph, layer: Affine, factor: Tensor) -> Affine:
@@ -255,16 +334,19 @@ def _plus(graph: Graph, layer: Affine, shift: Tensor) -> Affine:
 def _region(graph: Graph, layer: Affine, end: Tensor, nodes: list[Node], late: _Late) -> Cluster:
     rank = len(graph.shape(end) or ())
     spread = [-1 if k == layer.channel else 1 for k in range(rank)]
-    scale, shift = (v and graph.op.Reshape(v, spread) for v in (late.scale, late.shift))
+    steps = [(op, graph.op.Reshape(vector, spread)) for op, vector in late.steps]
     if late.scale is not None:
         layer = _times(graph, layer, late.scale)
     if late.shift is not None:
         layer = _plus(graph, layer, late.shift)
+    if late.term is not None:
+        layer = _plus(graph, layer, late.term)
+        steps.append(("Add", late.term))
     attrs = {k: v for k, v in layer.node.attrs.items() if k not in ("alpha", "beta")}
     name = layer.node.name or layer.node.outputs[0].name
     stand_in = gs.Node(layer.node.op, name, attrs)
     root, more = nodes[0].inputs[0], [] if layer.bias is None else [layer.bias]
-    return Cluster(root, end, nodes, stand_in, [layer.weight, *more], (scale, shift))
+    return Cluster(root, end, nodes, stand_in, [layer.weight, *more], tuple(steps))
 
 
 __all__ = ["Affine", "layer_at", "merge"]

@@ -1,8 +1,9 @@
-"""Find softmaxes that an exporter spelled out.
+"""Find softmaxes, and layer normalisations, that an exporter spelled out.
 
 exp(z − max z) / Σ exp(z − max z), with or without the shift, is Softmax(z), and its logarithm
 LogSoftmax(z). As single operators they are one map from z, whatever the shift: taken apart, the
-shift would take part in a difference, and the spelling would change the attribution.
+shift would take part in a difference, and the spelling would change the attribution. What a layer
+normalisation is: :mod:`onnx_attrib.passes.standardize`.
 
 Precondition: scope. Postcondition: ``job.clusters`` maps the region's last output to a region that
 stands for the operator.
@@ -16,15 +17,23 @@ import onnx_graphsurgeon as gs
 
 from onnx_attrib.ir import Graph, Node, Tensor
 from onnx_attrib.job import Cluster, Job
+from onnx_attrib.passes.standardize import standardizations
 
 # Between a reduction and its use: operators that only restore or broadcast the reduced axis.
 _RESTORING = frozenset({"Identity", "Unsqueeze", "Reshape", "Expand", "Squeeze"})
 
 
 def recognize(job: Job) -> None:
-    """Collect spelled-out softmaxes for methods that treat regions as one."""
+    """Collect them for methods that treat regions as one; normalisations for relevance alone.
+
+    To the others x · a + (β − μ · a) is what (x − μ) · a + β is, for the rules are linear in both.
+    """
+    graph, scope = job.graph, job.scope
     if job.method.clusters:
-        job.clusters.update(spelled(job.graph, job.scope.nodes, job.scope.active))
+        job.clusters.update(spelled(graph, scope.nodes, scope.active))
+    if job.method.clusters == "chains":
+        found = standardizations(graph, scope.nodes, scope.dependent, scope.active)
+        job.clusters.update(found)
 
 
 def spelled(graph: Graph, nodes: Iterable[Node], active: set[str]) -> dict[str, Cluster]:

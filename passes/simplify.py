@@ -43,7 +43,7 @@ def pad_all_axes(graph: Graph) -> None:
             rank, axes = len(graph.shape(node.inputs[0]) or ()), graph.value(node.inputs[3])
             if rank and axes is not None:
                 pads = _of_all_axes(graph, node.inputs[1], axes.astype(np.int64) % rank, rank)
-                node.inputs = [node.inputs[0], pads, node.inputs[2]]
+                graph.let_read(node, [node.inputs[0], pads, node.inputs[2]])
 
 
 def _of_all_axes(graph: Graph, pads: Tensor, axes: np.ndarray, rank: int) -> Tensor:

@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 import onnx_attrib
 from onnx_attrib import bench as measuring
 from onnx_attrib.bench import bench
-from onnx_attrib.memory import memory_of
+from onnx_attrib.memory import activations_of, memory_of
 from onnx_attrib.profiling import _own_times, profile
 from onnx_attrib.verify import verify
 
@@ -72,6 +72,9 @@ def test_every_row_is_complete_and_consistent(found: Any) -> None:
             for ratio in (times["wall_ratio"], times["cpu_ratio"]):
                 assert ratio["low"] <= ratio["median"] <= ratio["high"]
             assert row["peer"] is None
+            if row["run_bytes"] is not None:
+                whole = forward["activation_bytes"]
+                assert row["activation_ratio"] == row["run_bytes"] / whole
         assert forward["times"]["cpu_ratio"] == {"low": 1, "median": 1, "high": 1}
         for row in case["rows"][1:]:
             assert row["compile_s"] > 0
@@ -98,12 +101,13 @@ def test_the_profile_sums_to_the_run(found: Any) -> None:
 
 
 def test_the_halves_hold_the_kernels_that_belong_there(found: Any) -> None:
-    # Two convolutions forward, and two backward, however ONNX Runtime fuses them.
+    # Two convolutions forward, and theirs backward, however ONNX Runtime fuses them.
     counts: dict[str, float] = {}
     for operator in found["models"][0]["cases"][0]["rows"][1]["profile"]["operators"]:
         if "Conv" in operator["op"]:
             counts[operator["half"]] = counts.get(operator["half"], 0) + operator["count"]
-    assert counts == {"forward": 2, "backward": 2}
+    assert counts["forward"] == 2
+    assert counts["backward"] >= 2
 
 
 def test_a_loop_counts_what_its_body_does_not() -> None:
@@ -158,6 +162,20 @@ def test_memory_is_that_of_live_tensors(tmp_path: Path) -> None:
     small = memory_of(str(path), {"x": feeds["x"][:1]}, 1)
     assert small is not None
     assert small.run < 0.5 * held.run
+
+
+def test_activations_are_all_that_is_computed(tmp_path: Path) -> None:
+    """Three products and sums of 8 · 1024 · 64 floats, and the mean of 8 · 64."""
+    feeds = {"x": np.ones((8, 1024, 64), np.float32)}
+    found = activations_of(str(write(WIDE, tmp_path / "wide.onnx")), feeds, 1)
+    assert found == 4 * (3 * 8 * 1024 * 64 + 8 * 64)
+    # A view is not computed.
+    text = WIDE.replace("float[N, 64] y", "float[8192, 64] y").replace(
+        "y = ReduceMean <axes = [1], keepdims = 0> (c)", "y = Reshape (c, size)"
+    )
+    text = text.replace("<float two = {2}>", "<int64[2] size = {8192, 64}>")
+    found = activations_of(str(write(text, tmp_path / "view.onnx")), feeds, 1)
+    assert found == 4 * 3 * 8 * 1024 * 64
 
 
 def test_times_are_taken_in_rounds_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,3 +388,62 @@ def test_against_captum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     text = succeeds("bench", "net.onnx", *rest, "drawn_network:build", *QUICK)
     assert "× ours" in text
     assert "differs by" in text
+
+
+POOLED = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.features = nn.Sequential(
+            nn.Conv2d(2, 6, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(6, 4, 3, 1, 1, 1, 2),
+            nn.ReLU(), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(2, 1, 1),
+        )
+        self.head = nn.Linear(4 * 16, 5)
+
+    def forward(self, x):
+        return self.head(self.features(x).flatten(1))
+
+def build():
+    return Net().eval()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_against_what_torch_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traced, exported gradient is the gradient: its operators are spelled right."""
+    torch = pytest.importorskip("torch")
+    for needed in ("captum", "onnxscript"):
+        pytest.importorskip(needed)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pooled_network.py").write_text(textwrap.dedent(POOLED))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = importlib.import_module("pooled_network").build()
+    torch.onnx.export(
+        network,
+        (torch.randn(2, 2, 11, 11),),
+        str(tmp_path / "net.onnx"),
+        dynamo=False,
+        input_names=["x"],
+        output_names=["y"],
+        dynamic_axes={"x": {0: "N"}, "y": {0: "N"}},
+    )
+    methods = ("gradient", "deeplift", "integrated-gradients", "lrp")
+    arguments = [part for name in methods for part in ("--method", name)]
+    arguments += ["--option", "steps=3", "--option", "maxpool=gradient", "--json", *QUICK]
+    arguments += ["--against", "captum-export", "--module", "pooled_network:build"]
+    found = json.loads(succeeds("bench", "net.onnx", "--batch", "2", *arguments))
+    rows = found["models"][0]["cases"][0]["rows"]
+    for row in rows[1:]:
+        assert row["peer"]["name"] == "captum-export"
+        if row["method"] == "lrp":
+            assert "not compared" in row["peer"]["problem"]
+        else:
+            assert row["peer"]["problem"] is None
+            assert row["peer"]["times"]["cpu_ms"] > 0
+    assert rows[1]["peer"]["difference"] < 1e-5
+    assert rows[3]["peer"]["difference"] < 1e-5

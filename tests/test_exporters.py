@@ -2,7 +2,10 @@
 
 A convolutional network, an LSTM and a transformer with the same weights, written by torch's two
 exporters, by Keras through tf2onnx and by JAX through jax2onnx, get the same attributions from
-every method. Then scikit-learn's perceptrons behind a scaler, through skl2onnx.
+every method. (Relevance divides by sums, stabilised with 1e-6. Of twenty pairs of random samples
+one had a sum within 3e-5 of zero in its transformer, and was off by 5e-5 with ``lrp`` and by 5e-4
+with ``deep-taylor``: rounding of the weights shows there too, in float64 as well.) Then
+scikit-learn's perceptrons behind a scaler, through skl2onnx.
 
 The files come from ``python tests/fetch_models.py FOLDER`` (run once for each framework's
 environment); ONNX_ATTRIB_MODELS=FOLDER has the tests find them.
@@ -37,16 +40,6 @@ FOR_CONVOLUTIONS = {
     *("deconvnet", "guided-backprop"),
     *("grad-cam", "grad-cam++", "layer-cam", "guided-grad-cam"),
 }
-CONSTANTS = "without biases, relevance depends on where a network adds its constants"
-ROUNDING = "quotients by sums near zero amplify rounding"
-OFF = {
-    ("cnn", "jax", "lrp"): ROUNDING,
-    ("lstm", "jax", "lrp"): ROUNDING,
-    ("transformer", "keras", "lrp"): "a bias is added after the residual here, before it there",
-    ("lstm", "jax", "deep-taylor"): CONSTANTS,
-    **{("transformer", chain, "deep-taylor"): CONSTANTS for chain in CHAINS[1:]},
-}
-"""Where exporters do not agree within 1e-5, and why."""
 PIPELINES = ("iris", "cancer", "wide", "diabetes", "robust")
 
 
@@ -101,8 +94,6 @@ def test_exporters_agree(network: str, chain: str, method: str) -> None:
     largest = np.abs(expected).max()
     assert largest > 0
     error = float(np.abs(found - expected).max() / largest)
-    if error > 1e-5 and (network, chain, method) in OFF:
-        pytest.xfail(f"off by {error:.3g} of the largest entry: {OFF[network, chain, method]}")
     assert error <= 1e-5, f"off by {error:.3g} of the largest entry"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import onnx_attrib
 from onnx_attrib.methods.path import quadrature
+from onnx_attrib.passes import stack
 
 from .test_contract import close, difference, forward, gradient, mlp, rng, run, text, weights
 
@@ -165,3 +166,45 @@ def test_memory_is_one_chunk(rng: np.random.Generator) -> None:
     trips = {t.name: onnx.numpy_helper.to_array(t) for t in compiled.graph.initializer}
     assert trips[loop.input[0]] == 10
     assert len(compiled.graph.initializer) == len({t.name for t in compiled.graph.initializer})
+
+
+CNN = """g (float[N, 3, 8, 8] x) => (float[N, 4] y)
+    { c = Conv <pads = [1, 1, 1, 1]> (x, w) r = Relu(c) e = Conv(r, v) s = Sigmoid(e)
+      a = GlobalAveragePool(s) f = Flatten(a) y = MatMul(f, d) }"""
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize(("steps", "chunk"), [(12, 4), (10, 4), (7, 1)])
+def test_groups_of_convolutions_are_spelled_out(
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    chunk: int,
+    delta: bool,
+) -> None:
+    """A few groups, one after the other, give what a Loop over them does."""
+    shapes = {"w": (5, 3, 3, 3), "v": (6, 5, 3, 3), "d": (6, 4)}
+    arrays = {k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()}
+    source = text(CNN, **arrays)
+    x = rng.standard_normal((3, 3, 8, 8)).astype(np.float32)
+    found, loops = [], []
+    for most in (stack._SPELLED, 0):
+        monkeypatch.setattr(stack, "_SPELLED", most)
+        compiled = onnx_attrib.compile(
+            source,
+            "integrated-gradients",
+            baseline="input",
+            steps=steps,
+            chunk=chunk,
+            target=1,
+            delta=delta,
+        )
+        loops.append(sum(node.op_type == "Loop" for node in compiled.graph.node))
+        found.append(run(compiled, {"x": x, "x_baseline": 0.5 * x[:1]}))
+        # Many groups are a Loop again.
+        more = onnx_attrib.compile(source, "integrated-gradients", steps=300, chunk=1)
+        assert any(node.op_type == "Loop" for node in more.graph.node)
+    assert loops == [0, 1]
+    close(found[0]["x_attribution"], found[1]["x_attribution"], 2e-6)
+    if delta:
+        np.testing.assert_allclose(*(one["convergence_delta"] for one in found), atol=1e-6)

@@ -14,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 import onnx_attrib
 from onnx_attrib.model_io import save
 
+from .long_graphs import LONG
+
 
 def chain(length: int) -> onnx.ModelProto:
     """x → tanh(x + 0.01) → … , ``length`` nodes."""
@@ -54,6 +56,18 @@ def test_ten_thousand_nodes(method: str) -> None:
     y, attribution = plain(compiled, x)
     assert np.isfinite(attribution).all()
     np.testing.assert_array_equal(y, plain(source, x)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gradient", "deeplift", "integrated-gradients", "lrp"])
+@pytest.mark.parametrize("name", LONG)
+def test_ten_thousand_nodes_of_architectures(name: str, method: str) -> None:
+    """Half of them take half the time: under 15 s."""
+    source = LONG[name](5000)
+    assert 4850 < len(source.graph.node) <= 5000
+    start = time.process_time()
+    onnx_attrib.compile(source, method, target=0)
+    assert time.process_time() - start < 15
 
 
 def test_one_tensor_with_ten_thousand_readers() -> None:

@@ -16,6 +16,7 @@ from onnx_attrib.cli.common import (
     as_mapping,
     chosen_methods,
     json_option,
+    method_options,
     print_json,
     progress,
     show_bytes,
@@ -37,6 +38,7 @@ _HEAD = (
     "loaded",
     "run",
     "×",
+    "× act.",
     "compile s",
     "nodes",
     "file",
@@ -74,11 +76,13 @@ Examples:
   onnx-attrib bench model.onnx --method integrated-gradients --option steps=20 --batch 1,8
   onnx-attrib bench model.onnx --method gradient --profile
   onnx-attrib bench model.onnx --against captum --module mynetwork:build
+  onnx-attrib bench model.onnx --against captum-export --module mynetwork:build
 
 The columns: milliseconds of one run by the wall clock and of processor time (medians), each with
 its ratio to the forward pass (the median of the ratios within a round); samples a second; memory
-after loading, and what a run needs on top of it at its peak, with its ratio (in a fresh process,
-with ONNX Runtime's arena off, on Linux); seconds to compile; nodes and size of the file.
+after loading, and what a run needs on top of it at its peak, with its ratio to the forward pass's
+peak and to the sum of the forward pass's activations (in a fresh process, with ONNX Runtime's
+arena off, on Linux); seconds to compile; nodes and size of the file.
 """,
 )
 @click.argument(
@@ -93,13 +97,7 @@ with ONNX Runtime's arena off, on Linux); seconds to compile; nodes and size of 
     metavar="NAME",
     help="Attribution method; may be repeated. Each is compiled by itself.",
 )
-@click.option(
-    "--option",
-    "options",
-    multiple=True,
-    metavar="[METHOD.]KEY=VALUE",
-    help="An option of the methods that have it, or of one METHOD; may be repeated.",
-)
+@method_options
 @click.option(
     "--batch",
     "batches",
@@ -170,7 +168,8 @@ with ONNX Runtime's arena off, on Linux); seconds to compile; nodes and size of 
 @click.option(
     "--against",
     type=click.Choice(PEERS),
-    help="Run this library's implementation on the same network, too (needs torch).",
+    help="Run this library's implementation on the same network, too (needs torch); "
+    "captum-export: what torch exports of it to ONNX, in the same ONNX Runtime.",
 )
 @click.option(
     "--module",
@@ -288,6 +287,7 @@ def _cells(row: Row, compared: bool) -> list[str]:
         _bytes(row.loaded_bytes),
         _bytes(row.run_bytes),
         _number(row.run_ratio),
+        _number(row.activation_ratio),
         _number(row.compile_s),
         str(row.nodes),
         show_bytes(row.file_bytes),

@@ -92,9 +92,22 @@ class Copying(Emitting):
         """Let ``node`` read other tensors in place of those named."""
         if not any(tensor.name in renamed for tensor in self.uses(node)):
             return
-        node.inputs = [renamed.get(t.name, t) for t in node.inputs]
+        for i, tensor in enumerate(node.inputs):
+            if tensor.name in renamed:
+                _let_read(node, i, renamed[tensor.name])
         if captures(node):
             self._copy_extras(node, node, renamed)
+
+    @staticmethod
+    def let_read(node: Node, inputs: Sequence[Tensor]) -> None:
+        """Give ``node`` these inputs.
+
+        (Assigned to it, graphsurgeon would compare the node with all that read the former ones.)
+        """
+        for tensor in node.inputs:
+            _forget(tensor, node)
+        list.clear(node.inputs)
+        node.inputs.extend(inputs)
 
     def reseal(self, node: Node, proto: NodeProto) -> None:
         """Give ``node`` the subgraphs of ``proto``, which may read other outer tensors."""
@@ -107,3 +120,15 @@ class Copying(Emitting):
         outputs += [gs.Variable.empty() for _ in range(index + 1 - len(outputs))]
         outputs[index] = tensor
         node.outputs = outputs
+
+
+def _let_read(node: Node, i: int, tensor: Tensor) -> None:
+    _forget(node.inputs[i], node)
+    list.__setitem__(node.inputs, i, tensor)
+    list.append(tensor.outputs, node)
+
+
+def _forget(tensor: Tensor, node: Node) -> None:
+    """Take a node off the readers of a tensor, once."""
+    readers = tensor.outputs
+    list.pop(readers, next(k for k, reader in enumerate(readers) if reader is node))

@@ -58,6 +58,8 @@ class Emitting(Reading):
     _wide: dict[str, Tensor]
     """In float32, what was emitted and then rounded to bfloat16."""
     _sink: list[Node]
+    _inferred: dict[Any, list[tuple[np.dtype[Any], Shape | None] | None]]
+    """Types and shapes of outputs, by all that they follow from."""
 
     def fresh(self, stem: str) -> str:
         """A name that nothing else in the model has, nor any of its subgraphs."""
@@ -198,15 +200,25 @@ class Emitting(Reading):
 
     def infer(self, node: Node) -> None:
         """Set dtype and shape of a node's outputs by the operator's own inference function."""
+        if bodies(node):
+            return
+        key = _signature(node)
+        if key not in self._inferred:
+            self._inferred[key] = self._outputs_of(node)
+        for tensor, found in zip(node.outputs, self._inferred[key], strict=True):
+            if found is not None:
+                tensor.dtype, shape = found
+                if shape is not None:
+                    tensor.shape = list(shape)
+
+    def _outputs_of(self, node: Node) -> list[tuple[np.dtype[Any], Shape | None] | None]:
         schema = onnx.defs.get_schema(node.op, self.version(node.domain), node.domain or "")
         types = {t.name: type_proto(t) for t in node.inputs if t.name and t.dtype is not None}
         data = {
             t.name: onnx.numpy_helper.from_array(np.asarray(t.values), t.name)
             for t in node.inputs
-            if isinstance(t, gs.Constant) and np.prod(t.shape) <= 64
+            if _is_small_constant(t)
         }
-        if bodies(node):
-            return
         untyped = [t.name for t in node.inputs if t.name and t.name not in types]
         if untyped:
             raise ModelError(f"ONNX's type inference does not get as far as tensor '{untyped[0]}'")
@@ -224,12 +236,7 @@ class Emitting(Reading):
             raise ModelError(
                 f"shapes in the model contradict each other at {node.op} of {names}: {error}"
             ) from None
-        for tensor in node.outputs:
-            if tensor.name in inferred and inferred[tensor.name].HasField("tensor_type"):
-                tensor_type = inferred[tensor.name].tensor_type
-                tensor.dtype = helper.tensor_dtype_to_np_dtype(tensor_type.elem_type)
-                if tensor_type.HasField("shape"):
-                    tensor.shape = [dimension(dim) for dim in tensor_type.shape.dim]
+        return [_declared(inferred.get(tensor.name)) for tensor in node.outputs]
 
     @contextmanager
     def collect(self) -> Iterator[list[Node]]:
@@ -252,3 +259,35 @@ class Emitting(Reading):
     def place(self, node: Node) -> None:
         """Append a node that was emitted into another list."""
         self._sink.append(node)
+
+
+def _is_small_constant(tensor: Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and np.prod(tensor.shape) <= 64
+
+
+def _signature(node: Node) -> Any:
+    """Equal for nodes whose outputs have the same types and shapes."""
+    inputs = tuple(
+        t.name
+        if not t.name or _is_small_constant(t)
+        else (t.dtype, None if t.shape is None else tuple(t.shape), getattr(t, "type", ""))
+        for t in node.inputs
+    )
+    attributes = tuple((key, _frozen(value)) for key, value in sorted(node.attrs.items()))
+    kept = node.kept.SerializeToString() if getattr(node, "kept", None) is not None else b""
+    outputs = tuple(bool(t.name) for t in node.outputs)
+    return node.op, node.domain, inputs, attributes, kept, outputs
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, gs.Constant):
+        return str(value.values.dtype), value.values.shape, value.values.tobytes()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _declared(info: onnx.TypeProto | None) -> tuple[np.dtype[Any], Shape | None] | None:
+    if info is None or not info.HasField("tensor_type"):
+        return None
+    tensor = info.tensor_type
+    shape = tuple(map(dimension, tensor.shape.dim)) if tensor.HasField("shape") else None
+    return np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape

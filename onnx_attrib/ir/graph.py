@@ -56,9 +56,11 @@ class Graph(Sealing):
                 node.captures = [self._tensor(name) for name in captures_of(proto)]
         self._names = set(self._tensors) | {node.name for node in self.gs.nodes}
         self._names |= {name for proto in kept if proto for name in inner_names(proto)}
+        self.own = frozenset(self._tensors)
+        self.stated = set()
         self._counters = {}
         self._constants = {}
-        self._wide = {}
+        self._wide, self._inferred = {}, {}
         self._sink = self.gs.nodes
         self.op = Emitter(self)
 
@@ -82,7 +84,9 @@ class Graph(Sealing):
             # A file may declare another rank than its outputs have.
             if declared is not None and rank_of(declared) in (None, rank_of(info)):
                 info.CopyFrom(declared)
+        stated = [info for info in model.graph.value_info if info.name in self.stated]
         del model.graph.value_info[:]
+        model.graph.value_info.extend(stated)
         model.graph.metadata_props.extend(self._graph_metadata)
         model.MergeFrom(self._header)
         return model

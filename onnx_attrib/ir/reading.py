@@ -24,6 +24,10 @@ class Reading:
     """What a graph can be asked."""
 
     gs: Surgeon
+    own: frozenset[str]
+    """The names of the model's own tensors."""
+    stated: set[str]
+    """The names of tensors whose type and shape are written to the file."""
     _imports: dict[str, int]
     _initializers: dict[str, TensorProto]
     _tensors: dict[str, Tensor]

@@ -33,8 +33,13 @@ Options = Mapping[str, Any]
 class Sweeper(Walker, Protocol):
     """What a treatment may ask of the sweep that applies it."""
 
-    def decompose(self, site: Site, rule: Composite, table: Table | None = None) -> Shares:
-        """Sweep through the operator's definition (by ``table``, or the method's own)."""
+    def decompose(
+        self, site: Site, rule: Composite, table: Table | None = None, keep: bool = False
+    ) -> Shares:
+        """Sweep through the operator's definition (by ``table``, or the method's own).
+
+        ``keep``: its output has the value that the operator gave, to the last digit.
+        """
 
     def first(self, site: Site) -> bool:
         """Whether no layer with weights precedes the site, for methods with ``merges``."""
@@ -219,7 +224,8 @@ class Method:
     of the output. ``differentiates``: the method needs a differentiable path. ``clusters``: what
     counts as one nonlinearity: each operator, also single-variable ``regions`` where paths meet
     again, or also ``chains`` of nonlinearities. ``merges``: a bias or a BatchNormalization after a
-    layer with weights is part of it. ``rectifiers``: a region is one or none as a whole, and the
+    layer with weights is part of it. ``sums``: a sum counts as one, in however many nodes it is
+    spelled. ``rectifiers``: a region is one or none as a whole, and the
     method changes these only. ``map(options)``: what is reported is a map over the positions of a
     layer. ``review(options, names)``: what to tell the user, given the
     names of the layers with weights. ``weights``: what stands in the weights' place, if not they
@@ -238,6 +244,7 @@ class Method:
     complete: bool = False
     clusters: Literal["", "regions", "chains", "rectifiers"] = ""
     merges: bool = False
+    sums: bool = False
     review: Callable[[Options, Collection[str]], list[str]] | None = None
     weights: Literal["", "patterns", "weighted-patterns"] = ""
     signed: bool | Callable[[Options], bool] = True

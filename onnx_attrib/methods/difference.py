@@ -33,10 +33,11 @@ def secant(site: Site, rule: Elementwise) -> Tensor:
     op, reference = site.op, at_reference(site)
     step = op.Sub(site.x(rule.operand), reference.x(rule.operand))
     quotient = op.Div(op.Sub(site.y, reference.y), step)
-    slope = numeric(site, rule.derivative(site))
-    if rule.piecewise:
-        return op.Where(op.Equal(step, 0.0), slope, quotient)
     there = numeric(site, rule.derivative(reference))
+    if rule.piecewise:
+        # Without a step both slopes are the same, and the reference's may be a constant.
+        return op.Where(op.Equal(step, 0.0), there, quotient)
+    slope = numeric(site, rule.derivative(site))
     mean = site.midpoint(slope, there)
     # "Not greater" also catches the NaN of two equal infinities (masked logits).
     size = op.Abs(step)

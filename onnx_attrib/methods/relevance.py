@@ -9,21 +9,27 @@ the rules are those of :mod:`onnx_attrib.methods.lrp_rules`.
   the rule has it; the share of the bias is absorbed.
 - activations, BatchNormalizations that no layer precedes, products with constants: R passes.
 - a maximum: all to the winner (the first on ties). Entries that only move take R along.
-- sums and averages: in proportion to the contributions, stabilised with 1e-6. The part of a
-  constant is absorbed, unless no layer precedes (preprocessing).
+- sums and averages: in proportion to the contributions, stabilised with 1e-6. A sum counts once,
+  in however many nodes it is spelled, and a sum that is divided by a number as an average. The part
+  of a constant is absorbed, unless no layer precedes (preprocessing); where one of the terms is a
+  layer, the constant is that layer's bias. In deep Taylor decomposition that layer's data, or else
+  the terms by their size, get the part.
 - products of variables: evenly between the factors (``product=uniform``), or all to the signal
   and none to the gate (``signal``, Arras et al. 2017), if there is one: what comes out of a
   sigmoid, a hard sigmoid or a softmax. ``auto`` is signal, and uniform under attn-lrp, as its
   paper has it.
 - inverses are scales and are held: of x / y all goes to x, so normalisations pass R on to their
-  numerators (Achtibat et al. 2024, arXiv 2402.05602).
+  numerators (Achtibat et al. 2024, arXiv 2402.05602). The part of their shift is absorbed. One
+  that no layer precedes passes R, where first layers have a rule of their own.
 - softmax: R_i = x_i (R_i − s_i Σ_j R_j), from the same paper, x being the logits.
 - everything else through its definition.
 
-``epsilon`` is that of the ε rule; every other denominator has 1e-6. In 16 bits it is at least the
-type's own rounding. First layers are those that no layer with weights precedes in the model,
-whatever is attributed; the input's part of a recurrent operator counts as one. Inside recurrent
-operators and bodies biases are constants of a sum. Patterns match the names of layers with weights.
+``epsilon`` is that of the ε rule; every other denominator has 1e-6, but for sums within
+normalisations and sums of one term and constants, which R is in proportion to. In 16 bits it is at
+least the type's own rounding. First layers are those that no layer with weights precedes in the
+model, whatever is attributed; the input's part of a recurrent operator counts as one, and so does
+that of a loop's body. Inside recurrent operators and bodies biases are constants of a sum. Patterns
+match the names of layers with weights.
 
 zennit has the same rules and composites. It differs in what is a module there and in what is not: a
 functional activation, sum or product has the plain gradient; of several first layers only the one
@@ -34,9 +40,10 @@ layer and still have the box.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -53,7 +60,6 @@ from onnx_attrib.methods.base import (
     Shares,
     Sweeper,
     Table,
-    definition,
     inside,
     vjp,
     winner_takes_all,
@@ -91,12 +97,15 @@ class Plan:
     """Which layer has which rule, and how products are split.
 
     ``named``: rules by patterns of node names, the first that matches; ``lines``: the others.
+    ``constants``: whether those of sums take their part. ``exact``: sums have no stabiliser.
     """
 
     lines: tuple[Assigned, ...]
     default: Setting
     named: Mapping[str, Setting]
     signal: bool = False
+    constants: bool = True
+    exact: bool = False
 
     def setting(self, sweep: Sweeper, site: Site, rule: Bilinear) -> Setting:
         """The rule of a layer."""
@@ -257,17 +266,59 @@ def proportional(plan: Plan, sweep: Sweeper, site: Site, rule: Linear) -> Shares
     """Sums and averages in proportion to the contributions; what moves or is scaled passes."""
     if rule.flow == "moves":
         return vjp(sweep, site, rule)
-    ignored = not plan.default.biases or sweep.scaled(site)
-    if rule.flow == "scales" or (rule.broadcasts and ignored and len(site.active) == 1):
+    ignored = not plan.constants or sweep.scaled(site)
+    alone = rule.broadcasts and len(site.active) == 1
+    if rule.flow == "scales" or (alone and ignored):
         return dict.fromkeys(site.active, site.m)
-    y = site.y
-    if rule.broadcasts and not plan.default.biases and len(site.active) < len(site.inputs):
-        zero = np.zeros((), site.graph.dtype(y))
-        alone = [x if i in site.active else zero for i, x in enumerate(site.inputs)]
-        y = site.graph.emit(site.node.op, *alone, **site.node.attrs)
-    ratios = [None if m is None else stabilized(site, m, y, STABILIZER) for m in site.cotangents]
+    op, epsilon = site.op, 0.0 if alone or plan.exact else _stabilizer(site)
+    ratios = [
+        None if m is None else stabilized(site, m, y, epsilon)
+        for m, y in zip(site.cotangents, site.outputs, strict=True)
+    ]
     here = replace(site, cotangents=tuple(ratios))
-    return {i: site.op.Mul(site.x(i), rule.pull(here, i)) for i in site.active}
+    shares = {i: op.Mul(site.x(i), rule.pull(here, i)) for i in site.active}
+    bearer, within = (getattr(site.node, name, None) for name in ("bearer", "within"))
+    if rule.broadcasts and (len(site.active) < len(site.inputs) or any(within or ())):
+        if bearer is not None:
+            shares[bearer] = op.Add(shares[bearer], op.Mul(_constants(site), here.m))
+        elif not plan.constants:
+            shares = _shared(site, rule, here, within or ())
+    return shares
+
+
+def _shared(
+    site: Site, rule: Linear, here: Site, within: Sequence[Tensor | None]
+) -> dict[int, Tensor]:
+    """(t + c · |t| / Σ |t|) R / y for the terms t of a sum y, whose constants are c in all.
+
+    ``within``: what of each term is a constant. c is shared evenly where all t are zero.
+    """
+    op, tiny = site.op, 6e-5 if is_narrow(site.graph.dtype(site.y)) else 1e-37
+    terms, constants = {i: site.x(i) for i in site.active}, [_constants(site)]
+    for i, part in zip(site.active, within, strict=False):
+        if part is not None:
+            terms[i] = op.Sub(terms[i], part)
+            constants.append(part)
+    sizes = {i: op.Add(op.Abs(t), tiny) for i, t in terms.items()}
+    common, total = op.Mul(op.Sum(*constants), here.m), op.Sum(*sizes.values())
+    shares = {}
+    for i, t in terms.items():
+        part = op.Mul(common, op.Div(sizes[i], total))
+        shares[i] = op.Add(op.Mul(t, rule.pull(here, i)), part)
+    return shares
+
+
+def _stabilizer(site: Site) -> float:
+    """That of an average, if a sum has a factor that makes it one."""
+    factors = [site.graph.value(factor) for _, factor in getattr(site.node, "late", ())]
+    return STABILIZER / math.prod(float(abs(f)) for f in factors if f is not None)
+
+
+def _constants(site: Site) -> Tensor:
+    """What a sum's constants add to it."""
+    zero = np.zeros((), site.graph.dtype(site.y))
+    fixed = [zero if i in site.active else x for i, x in enumerate(site.inputs)]
+    return site.graph.emit(site.node.op, *fixed, **site.node.attrs)
 
 
 def unchanged(sweep: Sweeper, site: Site, rule: Elementwise) -> Shares:
@@ -275,12 +326,21 @@ def unchanged(sweep: Sweeper, site: Site, rule: Elementwise) -> Shares:
     return {rule.operand: site.m}
 
 
-def taken_apart(sweep: Sweeper, site: Site, rule: Composite) -> Shares:
-    """Through the operator's definition; a distribution as x ⊙ the gradient of Σ R · log s."""
+def taken_apart(plan: Plan, sweep: Sweeper, site: Site, rule: Composite) -> Shares:
+    """Through the operator's definition; a distribution as x ⊙ the gradient of Σ R · log s.
+
+    In a definition constants take their part and sums are divided by as they are: what arrives at
+    a normalisation's centred entries is in proportion to them, but for the part of the shift.
+    (Of the output to the last digit, which a sum near zero shows.)
+    """
     if rule.moves and rule.pull is not None:
         return {i: rule.pull(site, i) for i in site.active}
+    own_rule = any(line.first for line in plan.lines) and sweep.first(site)
+    if rule.normalizes and own_rule and site.active == (0,):
+        return {0: site.m}
     if not rule.distribution or rule.pull is None:
-        return definition(sweep, site, rule)
+        within = _table(replace(plan, constants=True, exact=True))
+        return sweep.using(within).decompose(site, rule, keep=True)
     op = site.op
     # No comparison holds for the NaN of rows that are masked altogether.
     something = op.Greater(op.Abs(site.y), 0.0)
@@ -299,7 +359,7 @@ def _table(plan: Plan) -> Table:
         Bilinear: partial(layers, plan),
         Elementwise: unchanged,
         MaxLike: winner_takes_all,
-        Composite: taken_apart,
+        Composite: partial(taken_apart, plan),
         Structured: inside,
     }
 
@@ -446,6 +506,7 @@ lrp = Method(
     starts="value",
     clusters="chains",
     merges=True,
+    sums=True,
     review=_unmatched,
 )
 
@@ -454,7 +515,7 @@ def _deep_taylor_table(options: Options) -> Table:
     first = "wsquare" if options["low"] is None and options["high"] is None else "zbox"
     full = {"epsilon": STABILIZER, "gamma": 0.0, **options}
     lines = (Assigned(first, first=True), Assigned("zplus"))
-    return _table(Plan(lines, _setting(first, full, biases=False), {}))
+    return _table(Plan(lines, _setting(first, full, biases=False), {}, constants=False))
 
 
 deep_taylor = Method(
@@ -468,4 +529,5 @@ deep_taylor = Method(
     starts="value",
     clusters="chains",
     merges=True,
+    sums=True,
 )

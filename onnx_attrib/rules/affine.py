@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx_attrib.ir import Tensor
-from onnx_attrib.rules.base import Bilinear, Site
+from onnx import GraphProto
+
+from onnx_attrib.ir import Node, Tensor, bodies, subgraphs
+from onnx_attrib.rules.base import Bilinear, Rule, Site, Structured, lookup
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,11 @@ class Layer:
     @property
     def y(self) -> Tensor:
         """The layer's output, with all that has been merged into it."""
-        y, (scale, shift) = self.site.y, getattr(self.site.node, "late", (None, None))
-        y = y if scale is None else self.site.op.Mul(y, scale)
-        return y if shift is None else self.site.op.Add(y, shift)
+        y = self.site.y
+        for op, operand in getattr(self.site.node, "late", ()):
+            # As the model does it: near zero, the last digits count.
+            y = self.site.graph.emit(op, y, operand)
+        return y
 
     @property
     def weight(self) -> Tensor:
@@ -88,4 +92,28 @@ def layer_of(site: Site, rule: Bilinear) -> Layer | None:
     return Layer(site, rule, site.active[0], 2)
 
 
-__all__ = ["Layer", "layer_of"]
+def has_layer(node: Node, active: tuple[int, ...]) -> bool:
+    """Whether a node is a layer with weights, or runs some, given its varying operands."""
+    if any(_body_has_layer(body) for body in bodies(node)):
+        return True
+    return is_layer(lookup(node.op, node.domain, active), active)
+
+
+def _body_has_layer(body: GraphProto) -> bool:
+    for node in body.node:
+        if is_layer(lookup(node.op_type, node.domain, (0,)), (0,)):
+            return True
+        if any(_body_has_layer(inner) for inner in subgraphs(node)):
+            return True
+    return False
+
+
+def is_layer(rule: Rule | None, active: tuple[int, ...]) -> bool:
+    """Whether an operator with these varying operands has weights."""
+    if isinstance(rule, Structured):
+        # A recurrent operator; control flow is what its bodies are.
+        return not rule.transparent
+    return isinstance(rule, Bilinear) and bool(rule.layer) and len({0, 1} & set(active)) == 1
+
+
+__all__ = ["Layer", "has_layer", "is_layer", "layer_of"]

@@ -9,13 +9,13 @@ output values there, the incoming cotangents, and the same node at the reference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from onnx_attrib.ir import Emitter, Graph, Node, Shape, Tensor, static
+from onnx_attrib.ir import Emitter, Graph, Node, Shape, Tensor, operands, static
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Site:
     active: tuple[int, ...]
     reference: Site | None = None
     discarded: bool = False
+    made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What a rule emits once for all inputs, by what it was made of."""
 
     @property
     def op(self) -> Emitter:
@@ -309,7 +311,8 @@ class Composite(Rule):
     there is one (``difference`` returns None for a node whose definition serves).
     ``distribution``: a softmax or its kin, which relevance methods do not take
     apart (the quotient f(z)/z of an exponential means nothing: the logits may be shifted).
-    ``moves``: an output entry is one of the input's, which ``pull`` finds again.
+    ``moves``: an output entry is one of the input's, which ``pull`` finds again. ``normalizes``: it
+    is one, by statistics of the first input's own.
     """
 
     decompose: Callable[[Site], Sequence[Tensor | None]]
@@ -317,6 +320,7 @@ class Composite(Rule):
     difference: Callable[[Site, int], Tensor | None] | None = None
     distribution: bool = False
     moves: bool = False
+    normalizes: bool = False
 
 
 class Sharer(Protocol):
@@ -336,13 +340,21 @@ class Walker(Sharer, Protocol):
         outputs: Sequence[Tensor | None],
         known: Mapping[str, Tensor] | None = None,
         known_reference: Mapping[str, Tensor] | None = None,
+        ahead: set[str] | None = None,
     ) -> dict[int, Tensor]:
         """Cotangents of the active inputs of ``site``, through ``nodes``.
 
         These compute ``outputs``, one for each cotangent of the site, from the site's inputs.
         ``known``: tensors among them whose values are at hand elsewhere, by name (and the same
-        at the reference): what depends on them is computed from these.
+        at the reference): what depends on them is computed from these. ``ahead``: names among the
+        site's inputs that no layer with weights precedes, if the site is not the node itself.
         """
+
+    def early(self, site: Site) -> set[int]:
+        """The active inputs of a node that no layer with weights precedes."""
+
+    def behind(self, nodes: Sequence[Node], names: set[str], active: set[str]) -> set[str]:
+        """``names``, and those of what is computed from them or by layers with weights."""
 
     def flow(self, nodes: Sequence[Node], roots: set[str]) -> set[str]:
         """Names of the tensors that ``roots`` reach through differentiable operators."""
@@ -408,6 +420,14 @@ def is_barrier(op: str, domain: str | None) -> bool:
     """Whether no derivative flows through the operator at all."""
     rows = _TABLE.get((_domain(domain), op), ())
     return any(isinstance(row, Barrier) for row in rows)
+
+
+def active_inputs(node: Node, active: Collection[str]) -> tuple[int, ...]:
+    """Indices of the inputs through which attribution flows back, given the active names."""
+    if is_barrier(node.op, node.domain):
+        return ()
+    held = blocked(node.op, node.domain)
+    return tuple(i for i, t in enumerate(operands(node)) if t.name in active and i not in held)
 
 
 def reach(op: str, domain: str | None) -> Callable[[Node, set[str]], set[str]] | None:

@@ -120,7 +120,8 @@ def layer_pull(s: Site, i: int) -> Tensor:
         return typed(s, op.Mul(m, normal), dtype)
     g = op.Mul(m, scale)
     centred = op.Sub(g, op.ReduceMean(g, axes, keepdims=1))
-    along = op.Mul(normal, op.ReduceMean(op.Mul(g, normal), axes, keepdims=1))
+    # The mean of x̂ is zero: so is what the mean of g adds to the second.
+    along = op.Mul(normal, op.ReduceMean(op.Mul(centred, normal), axes, keepdims=1))
     return typed(s, op.Mul(op.Sub(centred, along), inverse), dtype)
 
 
@@ -179,11 +180,17 @@ def mean_variance_definition(s: Site) -> Sequence[Tensor]:
 
 
 add(
-    Composite(op="LayerNormalization", pull=layer_pull, decompose=layer_definition, broadcasts=True)
+    Composite(
+        op="LayerNormalization",
+        pull=layer_pull,
+        decompose=layer_definition,
+        broadcasts=True,
+        normalizes=True,
+    )
 )
-add(Composite(op="InstanceNormalization", decompose=instance_definition))
-add(Composite(op="GroupNormalization", decompose=group_definition))
-add(Composite(op="MeanVarianceNormalization", decompose=mean_variance_definition))
+add(Composite(op="InstanceNormalization", decompose=instance_definition, normalizes=True))
+add(Composite(op="GroupNormalization", decompose=group_definition, normalizes=True))
+add(Composite(op="MeanVarianceNormalization", decompose=mean_variance_definition, normalizes=True))
 
 
 def inverse_norm(s: Site) -> tuple[Tensor, Tensor]:
@@ -216,7 +223,14 @@ def norm_difference(s: Site, i: int) -> Tensor:
     return result
 
 
-add(Composite(op="LpNormalization", difference=norm_difference, decompose=norm_definition))
+add(
+    Composite(
+        op="LpNormalization",
+        difference=norm_difference,
+        decompose=norm_definition,
+        normalizes=True,
+    )
+)
 
 
 def batch_factor(s: Site) -> Tensor:

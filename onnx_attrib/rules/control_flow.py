@@ -184,8 +184,10 @@ class Reverse:
                 taken = {name: self.site.x(i) for name, i in captures(self.site).items()}
                 outputs = graph.open(self.steps.body, self.formals, taken)
             moved = self._moved(forward, outputs)
-            inner = self._inner(outputs, self._active(forward, outputs), moved)
-            found = walker.through(inner, forward, outputs)
+            names = self._active(forward, outputs)
+            inner = self._inner(outputs, names, moved)
+            ahead = self._ahead(forward, outputs, names)
+            found = walker.through(inner, forward, outputs, ahead=ahead)
             back = {**self._states_back(inner, found), **self._sums(inner, found)}
             stacked = {
                 k: Stacked(self._full(inner, found, k), axis, not backward)
@@ -278,6 +280,15 @@ class Reverse:
         values = self._values(self.site, self.formals)
         roots = {values[self._inside(i)].name for i in self.site.active}
         return self._with_states(outputs, roots, lambda names: self.walker.flow(nodes, names))
+
+    def _ahead(self, nodes: Sequence[Node], outputs: Sequence[Tensor], own: set[str]) -> set[str]:
+        """Names of the step's inputs, ``own`` active, that no layer precedes in any step."""
+        walker, values = self.walker, self._values(self.site, self.formals)
+        names = {i: values[self._inside(i)].name for i in self.site.active}
+        first, late = {names.pop(i) for i in walker.early(self.site)}, set(names.values())
+        if first:
+            first -= self._with_states(outputs, late, lambda t: walker.behind(nodes, t, own))
+        return first
 
     def _moved(
         self, nodes: Sequence[Node], outputs: Sequence[Tensor], *, by_value: bool = False

@@ -18,6 +18,8 @@ from onnx_attrib.ir import Tensor, static
 from onnx_attrib.rules.base import Bilinear, Site, Unsupported, add
 
 Ints = tuple[int, ...]
+_FEW = 8
+"""Channels up to which the transposed convolution is the faster one."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +201,15 @@ def scatter(site: Site, m: Tensor, weight: Tensor, window: Window, group: int) -
     """Each output's cotangent, times the kernel, added up where the window read the data.
 
     ``m`` is [N, M, out…] and ``weight`` [M, C/g, k…]; the result is [N, C, …] with the spatial
-    sizes of the site's input. With unit stride this is a convolution by the turned kernel.
+    sizes of the site's input. With unit stride this is a convolution by the turned kernel, unless
+    the data has few channels, which ONNX Runtime's CPU convolution would compute in blocks of 16
+    (64 channels of 64² to 3, 3×3: 0.81 ms, and 0.22 ms by the transposed one).
     """
     begin, end, extent = window.begin, window.end, window.extent
-    if begin is not None and end is not None and window.unit_stride:
+    size, out = sizes(site, site.x()), sizes(site, site.y)
+    channels = (site.shape(weight) or (None, None))[1]
+    narrow = group == 1 and isinstance(channels, int) and channels <= _FEW and size and out
+    if begin is not None and end is not None and window.unit_stride and not narrow:
         before = [e - 1 - pad for e, pad in zip(extent, begin, strict=True)]
         after = [e - 1 - pad for e, pad in zip(extent, end, strict=True)]
         if min(before + after) >= 0:
@@ -213,7 +220,6 @@ def scatter(site: Site, m: Tensor, weight: Tensor, window: Window, group: int) -
                 group=group,
                 pads=before + after,
             )
-    size, out = sizes(site, site.x()), sizes(site, site.y)
     if begin is None or size is None or out is None:
         return _scatter_any_size(site, m, weight, window, group)
     pads, surplus, starts = [], [], []

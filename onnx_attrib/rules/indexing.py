@@ -128,12 +128,15 @@ def along(s: Site, indices: Ints, axis: int, like: Tensor) -> Tensor:
 
 def concat_pull(s: Site, i: int) -> Tensor:
     """Forward form Y = [X₀ | X₁ | …] along an axis. Backward returns the part of M that is Xᵢ's."""
-    axis = s.attr("axis")
-    parts = [sizes(s, s.x(k), np.array([axis])) for k in range(len(s.inputs))]
-    if len(parts) == 1:
+    if len(s.inputs) == 1:
         return s.m
-    pieces = s.op.Split(s.m, join(s, *parts), axis=axis, outputs=len(parts))
-    return pieces[i]
+    key = "concat", s.m.name
+    if key not in s.made:
+        axis = s.attr("axis")
+        parts = [sizes(s, s.x(k), np.array([axis])) for k in range(len(s.inputs))]
+        s.made[key] = s.op.Split(s.m, join(s, *parts), axis=axis, outputs=len(parts))
+    part: Tensor = s.made[key][i]
+    return part
 
 
 def split_pull(s: Site, i: int) -> Tensor:

@@ -78,9 +78,10 @@ def _activate(s: Site, name: str, settings: Mapping[str, float], z: Tensor) -> T
 class Direction:
     """One direction of a recurrent node at one point.
 
-    ``inputs`` [T, N, gates · H]: what the inputs and biases add to the gates. ``recurrent`` [H,
-    gates · H], ``bias`` (of the recurrence, where it stays apart) and ``peepholes`` [3 · H].
-    ``states`` [N, H]: the initial ones. ``valid`` [T, N, 1]: which steps belong to a sequence.
+    ``inputs`` [T, N, gates · H]: what the inputs add to the gates. ``recurrent`` [H, gates · H],
+    ``bias`` [gates · H], ``apart`` (the recurrence's own, where it stays apart) and ``peepholes``
+    [3 · H]. ``states`` [N, H]: the initial ones. ``valid`` [T, N, 1]: which steps belong to a
+    sequence.
     """
 
     backward: bool
@@ -88,6 +89,7 @@ class Direction:
     inputs: Tensor
     recurrent: Tensor
     bias: Tensor | None
+    apart: Tensor | None
     peepholes: Tensor | None
     states: Sequence[Tensor]
     valid: Tensor | None
@@ -107,6 +109,13 @@ def clipped(s: Site, z: Tensor) -> Tensor:
     return result
 
 
+def gates_sum(s: Site, inputs: Tensor, held: Tensor, bias: Tensor | None) -> Tensor:
+    """What goes into the gates: one sum, however the model may have spelled it in other files."""
+    terms = [inputs, held, *([] if bias is None else [bias])]
+    result: Tensor = s.op.Sum(*terms)
+    return result
+
+
 def split(s: Site, tensor: Tensor, parts: int) -> list[Tensor]:
     """Equal parts along the last axis."""
     if parts == 1:
@@ -117,7 +126,7 @@ def split(s: Site, tensor: Tensor, parts: int) -> list[Tensor]:
 def rnn_cell(s: Site, d: Direction, inputs: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
     """h' = f(inputs + h · R)."""
     (f,), (h,) = d.functions, states
-    return [f(clipped(s, s.op.Add(inputs, s.op.MatMul(h, d.recurrent))))]
+    return [f(clipped(s, gates_sum(s, inputs, s.op.MatMul(h, d.recurrent), d.bias)))]
 
 
 def gru_cell(s: Site, d: Direction, inputs: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
@@ -126,21 +135,24 @@ def gru_cell(s: Site, d: Direction, inputs: Tensor, states: Sequence[Tensor]) ->
     size = hidden_size(s)
     gates_in, new_in = op.Split(inputs, [2 * size, size], axis=-1, outputs=2)
     to_gates, to_new = op.Split(d.recurrent, [2 * size, size], axis=-1, outputs=2)
-    gates = clipped(s, op.Add(gates_in, op.MatMul(h, to_gates)))
+    gate_bias, new_bias = (None, None)
+    if d.bias is not None:
+        gate_bias, new_bias = op.Split(d.bias, [2 * size, size], axis=0, outputs=2)
+    gates = clipped(s, gates_sum(s, gates_in, op.MatMul(h, to_gates), gate_bias))
     z, r = (f(gate) for gate in split(s, gates, 2))
     if s.attr("linear_before_reset"):
         held = op.MatMul(h, to_new)
-        new = op.Mul(r, held if d.bias is None else op.Add(held, d.bias))
+        new = op.Mul(r, held if d.apart is None else op.Add(held, d.apart))
     else:
         new = op.MatMul(op.Mul(r, h), to_new)
-    n = g(clipped(s, op.Add(new_in, new)))
+    n = g(clipped(s, gates_sum(s, new_in, new, new_bias)))
     return [op.Add(op.Mul(op.Sub(1.0, z), n), op.Mul(z, h))]
 
 
 def lstm_cell(s: Site, d: Direction, inputs: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
     """c' = f · c + i · g and h' = o · tanh(c'), with the gates i, o and f and the candidate g."""
     op, (f, g, h), (hidden, cell) = s.op, d.functions, states
-    gates = split(s, op.Add(inputs, op.MatMul(hidden, d.recurrent)), 4)
+    gates = split(s, gates_sum(s, inputs, op.MatMul(hidden, d.recurrent), d.bias), 4)
     look = [None] * 3 if d.peepholes is None else split(s, d.peepholes, 3)
 
     def gate(z: Tensor, peephole: Tensor | None, seen: Tensor) -> Tensor:
@@ -197,10 +209,7 @@ def directions(s: Site) -> list[Direction]:
         w, r, b, h0, c0, p = (parts[k] for parts in operands)
         assert w is not None
         assert r is not None
-        added, apart = _biases(s, kind, b)
         inputs = s.op.MatMul(x, s.op.Transpose(w, perm=[1, 0]))
-        if added is not None:
-            inputs = s.op.Add(inputs, added)
         if valid is not None:
             # Padding may hold anything, NaN too.
             inputs = s.op.Where(valid, inputs, 0.0)
@@ -211,7 +220,7 @@ def directions(s: Site) -> list[Direction]:
                 functions[k * len(kind.functions) : (k + 1) * len(kind.functions)],
                 inputs,
                 s.op.Transpose(r, perm=[1, 0]),
-                apart,
+                *_biases(s, kind, b),
                 p,
                 states[: 2 if s.node.op == "LSTM" else 1],
                 valid,
@@ -255,7 +264,7 @@ def _operand(s: Site, i: int, count: int) -> Sequence[Tensor | None]:
 
 
 def _biases(s: Site, kind: Kind, both: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What of the biases is added beforehand, and what only within the recurrence."""
+    """What of the biases is added to all, and what only to the recurrence's part."""
     if both is None:
         return None, None
     op, size = s.op, hidden_size(s)

@@ -1,0 +1,182 @@
+"""Find the winners of max pools by comparisons, for ONNX Runtime's CPU kernels.
+
+MaxPool with its output Indices leaves the vectorized kernels and takes 15 to 35 ns an output.
+Depthwise convolutions that read one entry of every window, compare it with the maximum and add up
+the offsets of the first that is equal to it take half as long:
+
+- Sub(Indices, where the samples start) → where the windows start + Σ e(k) · offset(k),
+  e(k) = [x(k) = y, and no earlier entry is], a step that is a steep bounded activation
+  (2×2 over 64 channels of 64²: 0.9 ms → 0.3 ms; 3×3 over 64 channels of 112²: 6.6 ms → 3.1 ms).
+
+This is exact for positions below 2²⁴ and numbers up to 2¹⁰⁴.
+
+Precondition: a finished, sorted graph. Postcondition: the same outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from onnx_attrib.ir import Graph, Node, Tensor, static
+from onnx_attrib.job import Job
+from onnx_attrib.passes.pooled import pool_of
+from onnx_attrib.passes.rewriting import Rewriting, for_cpu
+from onnx_attrib.rules import Site, Unsupported
+from onnx_attrib.rules.pooling import pool_window
+
+_UP, _STEEP, _OUT = 2.0**22, 2.0**127, 2.0**127
+"""Differences times the first two are zero, or 1 and more; less the third, they never are zero."""
+_BLOCK = 16
+"""Channels in a block of ONNX Runtime's layout."""
+_ENTRIES, _OUTPUTS = 9, 4096
+"""Entries of a window up to which, and outputs of a sample from which on it pays."""
+_COUNTABLE = 2**24
+
+
+def winners(job: Job) -> None:
+    """Rewrite what computes positions from the indices of max pools."""
+    if not for_cpu(job):
+        return
+    graph = job.graph
+    rewriting = Rewriting(graph)
+    rewriting.each(lambda node: _compare(rewriting, node))
+    after = Rewriting(graph)
+    for node in graph.nodes:
+        if node.op == "MaxPool" and len(node.outputs) > 1 and not after.readers(node.outputs[1]):
+            node.outputs = node.outputs[:1]
+
+
+def _compare(rewriting: Rewriting, node: Node) -> None:
+    """Let a node that gives positions take those found by comparisons."""
+    if node.op != "Max" or len(node.inputs) != 2 or rewriting.number(node.inputs[1]) != 0:
+        return
+    pool = pool_of(rewriting, node.outputs[0])
+    window = pool and _window(rewriting.graph, pool)
+    if pool is not None and window is not None:
+        found = window.positions(rewriting.graph, pool.inputs[0], pool.outputs[0])
+        # For NaN in the data there is none, which the Cast makes the smallest integer.
+        whole = rewriting.graph.op.Cast(found, to=np.dtype(np.int64))
+        Graph.let_read(node, [whole, node.inputs[1]])
+
+
+def _window(graph: Graph, pool: Node) -> _Window | None:
+    """The window, if comparisons are exact and pay."""
+    x, y = pool.inputs[0], pool.outputs[0]
+    site = Site(graph, pool, (x,), (y,), (None,), ())
+    size, out = (static((graph.shape(t) or (None,))[1:]) for t in (x, y))
+    if x.dtype != np.float32 or size is None or out is None or len(size) != 3:
+        return None
+    try:
+        window = pool_window(site)
+    except Unsupported:
+        return None
+    if size[0] < _BLOCK or prod(size) > _COUNTABLE or prod(out) < _OUTPUTS:
+        return None
+    if window.begin is None or prod(window.kernel) > _ENTRIES:
+        return None
+    rows, columns = (
+        np.arange(k) * d - b
+        for k, d, b in zip(window.kernel, window.dilations, window.begin, strict=True)
+    )
+    return _Window(window.strides, (rows, columns), size, out)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window of two axes: ``reach`` holds where its entries are, of the first window.
+
+    ``size`` and ``out``: channels, height and width of the data and of the output.
+    """
+
+    strides: tuple[int, ...]
+    reach: tuple[np.ndarray, np.ndarray]
+    size: tuple[int, ...]
+    out: tuple[int, ...]
+
+    def positions(self, graph: Graph, x: Tensor, y: Tensor) -> Tensor:
+        """Where in its sample, flattened, each window found its maximum, as a float."""
+        op = graph.op
+        bar, total = _scaled(graph, y, -_UP), None
+        everywhere = op.HardSigmoid(y, alpha=0.0, beta=1.0)
+        for row in self.reach[0]:
+            for column in self.reach[1]:
+                least = bar
+                for outside in self._outside(graph, everywhere, int(row), int(column)):
+                    least = op.Add(outside, least)
+                equal = op.Add(self._entry(graph, x, int(row), int(column)), least)
+                first = op.HardSigmoid(equal, alpha=_STEEP, beta=1.0)
+                bar = op.Add(_scaled(graph, first, -_OUT), bar)
+                offset = (row - self.reach[0][0]) * self.size[2] + column - self.reach[1][0]
+                if offset:
+                    share = _scaled(graph, first, float(offset))
+                    total = share if total is None else op.Add(share, total)
+        starts = self._starts(graph)
+        return op.Add(total, starts) if total is not None else op.Expand(starts, op.Shape(y))
+
+    def _starts(self, graph: Graph) -> Tensor:
+        """[channels, height, width]: the position of each window's first entry."""
+        channels, height, width = (np.arange(n, dtype=np.float32) for n in self.out)
+        rows = height * self.strides[0] + self.reach[0][0]
+        columns = width * self.strides[1] + self.reach[1][0]
+        plane = rows[:, None] * self.size[2] + columns
+        first = channels[:, None, None] * self.size[1] * self.size[2]
+        result: Tensor = graph.op.Add(first.astype(np.float32), plane.astype(np.float32))
+        return result
+
+    def _entry(self, graph: Graph, x: Tensor, row: int, column: int) -> Tensor:
+        """The entry of each window at a row and a column of the first, times ``_UP``."""
+        kernel, begin, end = [], [], []
+        for at, stride, size, out in zip(
+            (row, column), self.strides, self.size[1:], self.out[1:], strict=True
+        ):
+            before, reach = max(-at, 0), max(at, 0) + 1
+            after = max((out - 1) * stride + reach - before - size, 0)
+            kernel.append(max(reach, size + before + after - out * stride + 1))
+            begin.append(before)
+            end.append(after)
+        weight = np.zeros((self.size[0], 1, *kernel), np.float32)
+        weight[:, :, max(row, 0), max(column, 0)] = _UP
+        entry: Tensor = graph.op.Conv(
+            x, weight, group=self.size[0], strides=self.strides, pads=begin + end
+        )
+        return entry
+
+    def _outside(self, graph: Graph, everywhere: Tensor, row: int, column: int) -> list[Tensor]:
+        """Tensors that are 0, and ``-_OUT`` where the entry of a window lies in the padding."""
+        found = []
+        for axis, at in enumerate((row, column)):
+            stride, size, out = self.strides[axis], self.size[axis + 1], self.out[axis + 1]
+            before = min(-(at // stride) if at < 0 else 0, out)
+            after = max(out - 1 - (size - 1 - at) // stride, 0)
+            if before:
+                found.append(self._far(graph, everywhere, axis, before, 0))
+            if after:
+                found.append(self._far(graph, everywhere, axis, 0, after))
+        return found
+
+    def _far(self, graph: Graph, ones: Tensor, axis: int, before: int, after: int) -> Tensor:
+        """``-_OUT`` at the first ``before`` and the last ``after`` places of an axis, 0 elsewhere:
+        what a convolution reads in its own padding of a tensor of ones, less what it reads there.
+        """
+        kernel, pads = [1, 1], [0, 0, 0, 0]
+        kernel[axis], pads[axis], pads[axis + 2] = 1 + before + after, before, after
+        weight = np.zeros((self.size[0], kernel[0] * kernel[1]), np.float32)
+        weight[:, 0 if before else -1] = _OUT
+        weight = weight.reshape(-1, 1, *kernel)
+        bias = np.full(self.size[0], -_OUT, np.float32)
+        result: Tensor = graph.op.Conv(ones, weight, bias, group=self.size[0], pads=pads)
+        return result
+
+
+def _scaled(graph: Graph, tensor: Tensor, factor: float) -> Tensor:
+    """``factor`` · tensor, as a depthwise convolution."""
+    channels = int((graph.shape(tensor) or ())[1] or 0)
+    weight = np.full((channels, 1, 1, 1), factor, np.float32)
+    result: Tensor = graph.op.Conv(tensor, weight, group=channels)
+    return result
+
+
+__all__ = ["winners"]
