@@ -183,7 +183,7 @@ def _is_exact(slope: float, shift: float, bound: float) -> bool:
     inside = np.nextafter(f(bound), f(np.copysign(np.inf, slope)))
     if abs(inside) < np.finfo(f).tiny:
         inside = np.copysign(np.finfo(f).tiny, inside)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return bool(f(slope) * f(bound) + f(shift) == 0 and f(slope) * inside + f(shift) >= 1)
 
 
