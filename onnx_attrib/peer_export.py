@@ -108,7 +108,7 @@ def _spellings(torch: Any) -> dict[Any, Callable[..., Any]]:
     ) -> tuple[Any, None, None]:
         """The transposed convolution."""
         if transposed or wanted[1] or wanted[2]:
-            raise NotImplementedError("only convolutions with constant weights")
+            raise Unsuited("the gradient of a convolution whose weights vary has no export")
         size, kernel = x.shape[2:], weight.shape[2:]
         stride, padding, dilation = (each(v, len(size)) for v in (stride, padding, dilation))
         rest = [
@@ -136,7 +136,7 @@ def _spellings(torch: Any) -> dict[Any, Callable[..., Any]]:
     ) -> Any:
         """The transposed convolution by ones, of shares."""
         if ceil:
-            raise NotImplementedError("only average pools that round down")
+            raise Unsuited("the gradient of an average pool with ceil_mode has no export")
         kernel, padding = each(kernel, 2), each(padding, 2)
         stride = each(stride, 2) if stride else kernel
         counts: Any = divisor or prod(kernel)

@@ -10,6 +10,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.numpy_helper import from_array
 
+import onnx_attrib
+from onnx_attrib import Explainer
+
 from .numeric.models import session
 
 Array = Any
@@ -120,3 +123,25 @@ class Slow:
         given = {name: np.asarray(a)[None] for name, a in feeds.items()}
         (found,) = self._session.run([self._output], given)
         return np.asarray(found)[0].astype(np.float64)
+
+
+def attributions(model: ModelProto, method: str, x: Array, target: Array, **options: Any) -> Array:
+    """What the compiled graph attributes, in float64."""
+    explain = Explainer(onnx_attrib.compile(model, method, **options), threads=1)
+    return explain(x, target=target).attributions["x"].astype(np.float64)
+
+
+def parts_of(kind: str, shape: tuple[int, ...]) -> list[list[int]]:
+    """The flat entries of each feature, written out."""
+    places = np.arange(int(np.prod(shape))).reshape(shape)
+    if kind == "columns":
+        return [[i] for i in range(places.size)]
+    if kind == "pixels":
+        return [list(places[:, i, j]) for i in range(shape[1]) for j in range(shape[2])]
+    return [list(row) for row in places.reshape(-1, shape[-1])]
+
+
+def removed(x: Array, reference: Array, entries: list[int]) -> Array:
+    flat = x.reshape(-1).copy()
+    flat[entries] = reference.reshape(-1)[entries]
+    return flat.reshape(x.shape)

@@ -133,7 +133,7 @@ def _step(
     return o * f[2](after), after
 
 
-class _Recurrent(OpRun):  # type: ignore[misc]
+class _Recurrent(OpRun):
     op_domain = ""
 
     def _run(self, *inputs: Array | None, **_: Any) -> tuple[Array, ...]:

@@ -25,7 +25,7 @@ from onnx import ModelProto
 import onnx_attrib
 
 from . import numeric
-from .fetch_models import SAMPLES
+from .fetch_exports import SAMPLES
 
 pytestmark = pytest.mark.slow
 

@@ -1,20 +1,18 @@
-"""LRP and deep Taylor decomposition: rules restated from the papers, conservation, the options.
+"""LRP and deep Taylor decomposition of whole networks: conservation, families, the options.
 
-The restatements work on z_ij = x_i w_ij, the contribution of input i to output j, in float64; a
-convolution is unrolled to its matrix. Networks against zennit: ``test_parity_zennit.py``.
+Single layers: ``test_lrp_rules.py``. Networks against zennit: ``test_parity_zennit.py``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, numpy_helper, parser
+from onnx import ModelProto, numpy_helper
 
 pytest.importorskip("onnxruntime")
 
@@ -23,234 +21,24 @@ from onnx_attrib import OptionError, UnsupportedOpError
 from onnx_attrib.compiler import prepare
 
 from . import numeric
-from .numeric import Array
-
-STABILIZER, EPSILON, GAMMA, LOW, HIGH = 1e-6, 0.07, 0.3, -2.5, 3.5
-OPTIONS = {"epsilon": EPSILON, "gamma": GAMMA, "low": LOW, "high": HIGH}
-
-
-def text(body: str, **weights: Array) -> ModelProto:
-    """A model from ONNX's text form, with ``weights`` as further initializers."""
-    model = parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {body}')
-    for name, value in weights.items():
-        wide = value if value.dtype.kind in "iub" else value.astype(np.float32)
-        model.graph.initializer.append(numpy_helper.from_array(wide, name))
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-def explain(
-    model: ModelProto, x: Mapping[str, Array] | Array, method: str = "lrp", **options: Any
-) -> dict[str, Array]:
-    """Attributions and outputs by name, the target being the seed of ones if not given."""
-    feeds = dict(x) if isinstance(x, Mapping) else {"x": x}
-    options.setdefault("target", "seed")
-    compiled = onnx_attrib.compile(model, method=method, **options)
-    numeric.check_graph(compiled)
-    if options["target"] == "seed":
-        y = numeric.run(model, feeds)[model.graph.output[0].name]
-        feeds["seed"] = np.ones_like(y)
-    return numeric.run(compiled, feeds)
-
-
-def relevance(model: ModelProto, x: Array, **options: Any) -> Array:
-    return explain(model, x, **options)["x_attribution"].astype(np.float64)
-
-
-def close(found: Array, expected: Array, relative: float = 1e-5) -> bool:
-    return bool(np.abs(found - expected).max() <= relative * np.abs(expected).max())
-
-
-# -- the rules, restated ---------------------------------------------------------------------------
-
-
-def stable(z: Array, epsilon: float = STABILIZER) -> Array:
-    return z + np.where(z < 0, -epsilon, epsilon)
-
-
-def plus(a: Array) -> Array:
-    return np.where(a > 0, a, 0)
-
-
-def minus(a: Array) -> Array:
-    return np.where(a < 0, a, 0)
-
-
-def share(z: Array, constant: Array | float, r: Array, epsilon: float = STABILIZER) -> Array:
-    """R_i = Σ_j z_ij / (Σ_i z_ij + constant_j) R_j, stabilised."""
-    result: Array = (z / stable(z.sum(0) + constant, epsilon) * r).sum(1)
-    return result
-
-
-def epsilon_rule(x: Array, w: Array, b: Array, r: Array, links: Array) -> Array:
-    return share(x[:, None] * w, b, r, EPSILON)
-
-
-def zplus_rule(x: Array, w: Array, b: Array, r: Array, links: Array) -> Array:
-    return share(plus(x[:, None] * w), plus(b), r)
-
-
-def gamma_rule(x: Array, w: Array, b: Array, r: Array, links: Array) -> Array:
-    z = x[:, None] * w
-    y = z.sum(0) + b
-    up = share(z + GAMMA * plus(z), b + GAMMA * plus(b), np.where(y > 0, r, 0))
-    down = share(z + GAMMA * minus(z), b + GAMMA * minus(b), np.where(y < 0, r, 0))
-    return up + down
-
-
-def alpha2beta1_rule(x: Array, w: Array, b: Array, r: Array, links: Array) -> Array:
-    z = x[:, None] * w
-    return 2 * share(plus(z), plus(b), r) - share(minus(z), minus(b), r)
-
-
-def wsquare_rule(x: Array, w: Array, b: Array, r: Array, links: Array) -> Array:
-    return share(w**2, b**2, r)
-
-
-def flat_rule(x: Array, w: Array, b: Array, r: Array, links: Array) -> Array:
-    return share(links, 0.0, r)
-
-
-def zbox_rule(x: Array, w: Array, b: Array, r: Array, links: Array) -> Array:
-    return share(x[:, None] * w - LOW * plus(w) - HIGH * minus(w), 0.0, r)
-
-
-RULES: dict[str, Callable[[Array, Array, Array, Array, Array], Array]] = {
-    "epsilon": epsilon_rule,
-    "zplus": zplus_rule,
-    "gamma": gamma_rule,
-    "alpha1beta0": zplus_rule,
-    "alpha2beta1": alpha2beta1_rule,
-    "wsquare": wsquare_rule,
-    "flat": flat_rule,
-    "zbox": zbox_rule,
-}
-
-LAYERS = {
-    "MatMul": "h = MatMul(x, w) y = Add(h, b)",
-    "MatMul, bias first": "h = MatMul(x, w) y = Add(b, h)",
-    "Gemm": "y = Gemm(x, w, b)",
-    "Gemm, turned": "u = Transpose(w) y = Gemm<transB=1>(x, u, b)",
-    "Gemm, scaled": "y = Gemm<alpha=0.5, beta=2.0>(x, v, c)",
-    "Einsum": 'h = Einsum<equation="ni,io->no">(x, w) y = Add(h, b)',
-    "MatMul from the left": """t = Transpose(x) u = Transpose(w) h = MatMul(u, t)
-        k = Transpose(h) y = Add(k, b)""",
-}
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_dense_layers(layer: str, rule: str) -> None:
-    """A dense layer in every spelling; where its bias is not part of it, it is a constant."""
-    rng = np.random.default_rng(len(layer) + len(rule))
-    w, b, x = (rng.standard_normal(shape) for shape in ((6, 4), 4, (3, 6)))
-    body = LAYERS[layer]
-    model = text(f"g (float[N, 6] x) => (float[N, 4] y) {{ {body} }}", w=w, b=b, v=2 * w, c=b / 2)
-    found = relevance(model, x.astype(np.float32), rule=rule, **OPTIONS)
-    y = x @ w + b
-    if layer == "MatMul from the left":
-        # The layer's own output takes its part of the sum's relevance; the constant the rest.
-        r, bias = y - b, np.zeros(4)
-    else:
-        r, bias = y, b
-    expected = np.stack([RULES[rule](x[n], w, bias, r[n], np.ones_like(w)) for n in range(len(x))])
-    assert close(found, expected)
-
-
-CONVOLUTIONS = {
-    "strided": ("Conv<strides=[2, 1], pads=[1, 0, 1, 1]>", (4, 3, 3, 2), (3, 7, 6)),
-    "grouped": ("Conv<group=2, dilations=[2, 1]>", (4, 2, 2, 3), (4, 6, 5)),
-    "transposed": ("ConvTranspose<strides=[2, 2], pads=[1, 0, 0, 1]>", (3, 4, 3, 2), (3, 4, 3)),
-}
-
-
-def unrolled(model: ModelProto, shape: tuple[int, ...]) -> Array:
-    """The matrix [inputs, outputs] of a linear model, from unit vectors."""
-    size = int(np.prod(shape))
-    units = np.eye(size, dtype=np.float32).reshape(size, *shape)
-    return numeric.run(model, {"x": units})["y"].reshape(size, -1).astype(np.float64)
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_convolutions(kind: str, rule: str) -> None:
-    """A convolution is the dense layer of its unrolled matrix, padding not counted."""
-    op, weight, shape = CONVOLUTIONS[kind]
-    rng = np.random.default_rng(len(kind) + len(rule))
-    name, attributes = op.split("<")
-    w, b = rng.standard_normal(weight).astype(np.float32), rng.standard_normal(4)
-    x = rng.standard_normal((2, *shape)).astype(np.float32)
-    sizes = ", ".join(str(n) for n in shape)
-
-    def made(inputs: str, **weights: Array) -> ModelProto:
-        body = f"y = {name}<{attributes}({inputs})"
-        return text(f"g (float[N, {sizes}] x) => (float[N, C, H, W] y) {{ {body} }}", **weights)
-
-    matrix = unrolled(made("x, w", w=w), shape)
-    links = unrolled(made("x, w", w=np.ones_like(w)), shape)
-    model = made("x, w, b", w=w, b=b)
-    y = numeric.run(model, {"x": x})["y"]
-    bias = np.broadcast_to(b[:, None, None], y.shape[1:]).ravel()
-    rows = [
-        RULES[rule](
-            x[n].ravel().astype(np.float64), matrix, bias, y[n].ravel().astype(np.float64), links
-        )
-        for n in range(2)
-    ]
-    found = relevance(model, x, rule=rule, **OPTIONS)
-    assert close(found, np.stack(rows).reshape(found.shape), 2e-5)
-
-
-# -- published numbers -----------------------------------------------------------------------------
-
-
-def simple(first: float) -> ModelProto:
-    """Captum's ``SimpleLRPModel``: dense layers of twos and threes with a ReLU between them.
-
-    ``first``: the first weight of the first layer, which its tests change to −2.
-    """
-    a = np.full((3, 3), 2.0)
-    a[0, 0] = first
-    return text(
-        "g (float[N, 3] x) => (float[N, 1] y) { h = MatMul(x, a) z = Relu(h) y = MatMul(z, c) }",
-        a=a,
-        c=np.full((3, 1), 3.0),
-    )
-
-
-@pytest.mark.parametrize(
-    ("first", "options", "expected"),
-    [
-        (2, {}, [18, 36, 54]),
-        (-2, {"rules": {"h": {"rule": "gamma", "gamma": 1}, "y": "gamma"}}, [28 / 3, 104 / 3, 52]),
-        (-2, {"rule": "alpha1beta0"}, [12, 33.6, 50.4]),
-        (-2, {"rules": {"h": "pass"}}, [24, 36, 36]),
-    ],
+from .lrp_reference import (
+    HIGH,
+    LOW,
+    OPTIONS,
+    RULES,
+    close,
+    explain,
+    plus,
+    relevance,
+    share,
+    simple,
+    stable,
+    text,
+    wsquare_rule,
+    zbox_rule,
+    zplus_rule,
 )
-def test_captum_numbers(first: float, options: dict[str, Any], expected: list[float]) -> None:
-    """``tests/attr/test_lrp.py`` in Captum, its epsilon, gamma, alpha-beta and identity rules."""
-    found = relevance(simple(first), np.array([[1, 2, 3]], np.float32), **options)
-    np.testing.assert_allclose(found, [expected], rtol=1e-5)
-
-
-def test_captum_tanh_and_skip() -> None:
-    """The same file: a Tanh passes relevance; a sum splits it by its terms."""
-    tenth = {"a": np.full((3, 3), 0.1), "c": np.full((3, 1), 0.1)}
-    model = text(
-        "g (float[N, 3] x) => (float[N, 1] y) { h = MatMul(x, a) z = Tanh(h) y = MatMul(z, c) }",
-        **tenth,
-    )
-    found = relevance(model, np.array([[1, 2, 3]], np.float32))
-    np.testing.assert_allclose(found, [[0.0269, 0.0537, 0.0806]], atol=1e-4)
-    skip = text(
-        "g (float[N, 2] x) => (float[N, 2] y) { h = MatMul(x, a) y = Add(h, x) }",
-        a=np.full((2, 2), 5.0),
-    )
-    found = relevance(skip, np.array([[2, 3]], np.float32), target=1)
-    np.testing.assert_allclose(found, [[10, 18]], rtol=1e-5)
-
-
-# -- whole networks --------------------------------------------------------------------------------
+from .numeric import Array
 
 
 def network(rng: np.random.Generator, bias: float = 0.0, head: str = "") -> ModelProto:

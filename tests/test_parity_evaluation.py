@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 SIZE = (3, 6, 7)
 
 
-class Twin(torch.nn.Module):  # type: ignore[misc]
+class Twin(torch.nn.Module):
     """The picture model in torch, in float64."""
 
     def __init__(self, model: Any) -> None:

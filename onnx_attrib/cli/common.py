@@ -30,6 +30,24 @@ picture_option = click.option(
     metavar="FILE",
     help="Draw input and attribution (.png, .pdf, .svg): red for, blue against.",
 )
+output_option = click.option(
+    "--output", metavar="TENSOR", help="Explain this float tensor. [default: the first output]"
+)
+compared_methods = click.option(
+    "--methods",
+    "methods",
+    multiple=True,
+    required=True,
+    metavar="[LABEL=]NAME,…",
+    help="The methods, with commas between; a LABEL lets one stand there twice, with different "
+    "options (--option LABEL.KEY=VALUE).",
+)
+words_option = click.option(
+    "--words",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The words of token ids: a line each, or a JSON list or object.",
+)
 method_options = click.option(
     "--option",
     "options",

@@ -11,14 +11,17 @@ from onnx_attrib import plot
 from onnx_attrib.cli.common import (
     TargetsType,
     TargetType,
+    compared_methods,
     json_option,
     labelled_methods,
     method_options,
     note,
     number_or_text,
+    output_option,
     picture_option,
     print_json,
     progress,
+    words_option,
 )
 from onnx_attrib.cli.reading import PIXELS, Reader, read_labels, sample_options
 from onnx_attrib.cli.report import Report
@@ -43,15 +46,7 @@ input, then each method's map on a colour scale of its own. 'onnx-attrib methods
 )
 @click.argument("model", type=click.Path(path_type=Path))
 @sample_options
-@click.option(
-    "--methods",
-    "methods",
-    multiple=True,
-    required=True,
-    metavar="[LABEL=]NAME,…",
-    help="The methods, with commas between; a LABEL lets one stand there twice, with different "
-    "options (--option LABEL.KEY=VALUE).",
-)
+@compared_methods
 @method_options
 @picture_option
 @click.option("--target", type=TargetType(), help="Class to explain. [default: the predicted one]")
@@ -75,15 +70,8 @@ input, then each method's map on a colour scale of its own. 'onnx-attrib methods
     help="Attribute to this tensor: an input or any inner float tensor; may be repeated. "
     "[default: the float inputs, else the embeddings]",
 )
-@click.option(
-    "--output", metavar="TENSOR", help="Explain this float tensor. [default: the first output]"
-)
-@click.option(
-    "--words",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The words of token ids: a line each, or a JSON list or object.",
-)
+@output_option
+@words_option
 @json_option
 def compare_command(
     model: Path,

@@ -19,6 +19,7 @@ from onnx_attrib.cli.common import (
     json_option,
     method_options,
     number_or_text,
+    output_option,
     print_json,
     progress,
     reductions,
@@ -76,9 +77,7 @@ Examples:
     help="Attribute to this tensor: an input or any inner float tensor; may be repeated. "
     "[default: the float inputs, else the embeddings]",
 )
-@click.option(
-    "--output", metavar="TENSOR", help="Explain this float tensor. [default: the first output]"
-)
+@output_option
 @click.option(
     "--target",
     type=TargetType("input", "argmax", "seed"),

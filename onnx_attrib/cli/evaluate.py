@@ -15,13 +15,16 @@ import click
 from onnx_attrib.cli.common import (
     TargetType,
     as_usage_error,
+    compared_methods,
     json_option,
     labelled_methods,
     method_options,
     note,
     number_or_text,
+    output_option,
     print_json,
     progress,
+    words_option,
 )
 from onnx_attrib.cli.reading import PIXELS, Reader, pixel_options
 from onnx_attrib.cli.samples import read_samples
@@ -69,20 +72,8 @@ bytes are scaled like pixels if the metadata says how.
     metavar="FILE",
     help="Names of the classes: a line each, or a JSON list or object.",
 )
-@click.option(
-    "--words",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="What token ids stand for, likewise: the report shows words.",
-)
-@click.option(
-    "--methods",
-    "methods",
-    multiple=True,
-    required=True,
-    metavar="[LABEL=]NAME,…",
-    help="The methods to compare, with commas between; a random order is always there.",
-)
+@words_option
+@compared_methods
 @method_options
 @click.option(
     "-o",
@@ -115,9 +106,7 @@ bytes are scaled like pixels if the metadata says how.
     help="Attribute to, and perturb, this tensor: an input or an inner float tensor. "
     "[default: the float input, else the embedding]",
 )
-@click.option(
-    "--output", metavar="TENSOR", help="Explain this float tensor. [default: the first output]"
-)
+@output_option
 @click.option(
     "--target",
     type=TargetType("predicted", "label"),

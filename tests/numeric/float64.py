@@ -82,7 +82,7 @@ def _widen_tensor(tensor: TensorProto) -> None:
         tensor.CopyFrom(from_array(to_array(tensor).astype(np.float64), tensor.name))
 
 
-class Erf(OpRun):  # type: ignore[misc]
+class Erf(OpRun):
     """The reference evaluator's own rounds to float32."""
 
     op_domain = ""
@@ -91,7 +91,7 @@ class Erf(OpRun):  # type: ignore[misc]
         return (np.asarray(np.vectorize(math.erf, otypes=[np.float64])(x), x.dtype),)
 
 
-class LpNormalization(OpRun):  # type: ignore[misc]
+class LpNormalization(OpRun):
     """The reference evaluator's own forgets the absolute value of the definition."""
 
     op_domain = ""
@@ -101,7 +101,7 @@ class LpNormalization(OpRun):  # type: ignore[misc]
         return (np.where(norm == 0, 0, x / norm),)
 
 
-class Softsign(OpRun):  # type: ignore[misc]
+class Softsign(OpRun):
     """The reference evaluator's own fails for scalars."""
 
     op_domain = ""
@@ -110,7 +110,7 @@ class Softsign(OpRun):  # type: ignore[misc]
         return (np.asarray(x / (1 + np.abs(x)), x.dtype),)
 
 
-class GlobalMaxPool(OpRun):  # type: ignore[misc]
+class GlobalMaxPool(OpRun):
     """The reference evaluator's own reduces one axis at a time and loses count."""
 
     op_domain = ""
@@ -119,7 +119,7 @@ class GlobalMaxPool(OpRun):  # type: ignore[misc]
         return (x.max(axis=tuple(range(2, x.ndim)), keepdims=True),)
 
 
-class Evaluator(ReferenceEvaluator):  # type: ignore[misc]
+class Evaluator(ReferenceEvaluator):
     """The reference evaluator with the operators above, in function bodies too."""
 
     def __init__(self, proto: Any, *args: Any, **kwargs: Any) -> None:
