@@ -6,7 +6,7 @@ Precondition: scope. Postcondition: ``job.apart`` tells; if it is true, a batch 
 from __future__ import annotations
 
 from onnx_attrib.job import Job
-from onnx_attrib.passes.reference import batch_symbol, keeps_batch_apart
+from onnx_attrib.passes.samples import batch_symbol, kept_apart
 from onnx_attrib.passes.stack import downstream
 
 
@@ -17,7 +17,7 @@ def apart(job: Job) -> None:
     job.apart = (
         batch is not None
         and batch == job.scope.batch
-        and keeps_batch_apart(graph, sources, downstream(graph, graph.nodes, sources), batch)
+        and kept_apart(graph, sources, downstream(graph, graph.nodes, sources), batch) is not None
     )
 
 

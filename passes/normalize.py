@@ -20,6 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx_attrib.errors import ModelError
 from onnx_attrib.ir import OPSET, Graph, subgraphs
 from onnx_attrib.passes.convert import convert
+from onnx_attrib.passes.examples import by_example, dims, vague
 from onnx_attrib.passes.lower import lower
 from onnx_attrib.passes.windows import round_down
 from onnx_attrib.writer import all_nodes, infer_shapes
@@ -55,6 +56,7 @@ def normalize(model: ModelProto) -> Graph:
     if lower(model):
         _constants_to_initializers(model)
         model = _known(model)
+    by_example(model, _known)
     _attach(model, weights)
     return Graph(model, outputs)
 
@@ -243,11 +245,11 @@ def _infer(model: ModelProto) -> ModelProto:
             if name not in known:
                 inferred.graph.value_info.append(v)
             elif _knows_more(v, known[name]):
-                pairs = zip(_dims(known[name]) or (), _dims(v) or (), strict=False)
+                pairs = zip(dims(known[name]) or (), dims(v) or (), strict=False)
                 named.update((h, s) for h, s in pairs if isinstance(h, str) and isinstance(s, str))
                 known[name].CopyFrom(v)
     _rename((*inferred.graph.value_info, *inferred.graph.output), named)
-    symbols = {dim for info in model.graph.input for dim in _dims(info) or ()}
+    symbols = {dim for info in model.graph.input for dim in dims(info) or ()}
     for have, said in zip(inferred.graph.output, outputs, strict=True):
         _fill_in(have, said, symbols)
     return inferred
@@ -256,7 +258,7 @@ def _infer(model: ModelProto) -> ModelProto:
 def _correct(declared: Iterable[onnx.ValueInfoProto], model: ModelProto) -> None:
     """Declare the outputs' sizes as they are inferred now."""
     for said, have in zip(declared, model.graph.output, strict=True):
-        pairs = zip(_dims(said) or (), _dims(have) or (), strict=False)
+        pairs = zip(dims(said) or (), dims(have) or (), strict=False)
         for k, (old, new) in enumerate(pairs):
             if isinstance(old, int) and isinstance(new, int):
                 said.type.tensor_type.shape.dim[k].dim_value = new
@@ -280,59 +282,46 @@ def _fill_in(
     inferred: onnx.ValueInfoProto, declared: onnx.ValueInfoProto, symbols: set[int | str | None]
 ) -> None:
     """Take what is declared where inference does not know: numbers, and symbols of the inputs."""
-    have, said = _dims(inferred), _dims(declared)
+    have, said = dims(inferred), dims(declared)
     if have is None:
         inferred.CopyFrom(declared)
         return
     if said is None or len(have) != len(said):
         return
     for k, (known, dim) in enumerate(zip(have, said, strict=True)):
-        if known is None or (_vague(known) and (isinstance(dim, int) or dim in symbols)):
+        if known is None or (vague(known) and (isinstance(dim, int) or dim in symbols)):
             inferred.type.tensor_type.shape.dim[k].CopyFrom(declared.type.tensor_type.shape.dim[k])
-
-
-def _dims(info: onnx.ValueInfoProto) -> list[int | str | None] | None:
-    tensor = info.type.tensor_type
-    if not tensor.HasField("shape"):
-        return None
-    return [
-        d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim
-    ]
 
 
 def _agree(inferred: onnx.ValueInfoProto, declared: onnx.ValueInfoProto) -> bool:
     if inferred.type.tensor_type.elem_type != declared.type.tensor_type.elem_type:
         return False
-    have, said = _dims(inferred), _dims(declared)
+    have, said = dims(inferred), dims(declared)
     if have is None or said is None:
         return True
     if len(have) != len(said):
         return False
     # A number where inference keeps the batch symbol is the classic stale entry.
     return all(
-        h == s or not (isinstance(s, int) and (isinstance(h, int) or not _vague(h)))
+        h == s or not (isinstance(s, int) and (isinstance(h, int) or not vague(h)))
         for h, s in zip(have, said, strict=True)
     )
 
 
 def _knows_more(declared: onnx.ValueInfoProto, inferred: onnx.ValueInfoProto) -> bool:
-    have, said = _dims(inferred), _dims(declared)
+    have, said = dims(inferred), dims(declared)
     if have is None or said is None:
         return said is not None
-    vague = [_vague(h) for h in have]
-    kept = all(v or h == s for v, h, s in zip(vague, have, said, strict=True))
-    return kept and any(v and not _vague(s) for v, s in zip(vague, said, strict=True))
-
-
-def _vague(dim: int | str | None) -> bool:
-    return dim is None or (isinstance(dim, str) and dim.startswith("unk__"))
+    open_ = [vague(h) for h in have]
+    kept = all(v or h == s for v, h, s in zip(open_, have, said, strict=True))
+    return kept and any(v and not vague(s) for v, s in zip(open_, said, strict=True))
 
 
 def _fold(model: ModelProto) -> bool:
     """Evaluate small arithmetic on constants and known shapes; True if anything was folded."""
     graph = model.graph
     values = {t.name: t for t in graph.initializer}
-    shapes = {v.name: _dims(v) for v in (*graph.value_info, *graph.input)}
+    shapes = {v.name: dims(v) for v in (*graph.value_info, *graph.input)}
     sizes: dict[str, Sizes] = {}
     outputs = {t.name for t in graph.output}
     kept, folded = [], 0
@@ -362,13 +351,13 @@ def _evaluate(
 ) -> list[np.ndarray] | None:
     """What a node makes, if it is known; ``sizes``: results of Shape of which only some are."""
     if node.op_type == "Shape":
-        dims = shapes.get(node.input[0])
-        if dims is None and node.input[0] in values:
-            dims = list(values[node.input[0]].dims)
-        if dims is None:
+        known = shapes.get(node.input[0])
+        if known is None and node.input[0] in values:
+            known = list(values[node.input[0]].dims)
+        if known is None:
             return None
         bounds = {a.name: a.i for a in node.attribute}
-        sizes[node.output[0]] = dims[bounds.get("start", 0) : bounds.get("end")]
+        sizes[node.output[0]] = known[bounds.get("start", 0) : bounds.get("end")]
         return _all_known(sizes[node.output[0]])
     if node.op_type in ("Gather", "Slice") and node.input[0] in sizes:
         picked = sizes[node.input[0]]

@@ -10,18 +10,22 @@ Raises OptionError for a baseline that does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onnx_attrib import rules
 from onnx_attrib.errors import OptionError
-from onnx_attrib.ir import Dim, Graph, Node, Shape, Tensor, is_float, static
+from onnx_attrib.ir import Graph, Node, Shape, Tensor, Values, is_float, static
 from onnx_attrib.job import Background, Baseline, Job
 from onnx_attrib.passes.postprocess import batch_axis
-
-_SHAPES = frozenset({"Shape", "Size"})
-_CASTS = frozenset({"Cast", "CastLike"})
+from onnx_attrib.passes.samples import (
+    Samples,
+    batch_symbol,
+    captured,
+    counts_batch,
+    fully_known,
+    kept_apart,
+)
 
 
 def reference(job: Job) -> None:
@@ -32,19 +36,21 @@ def reference(job: Job) -> None:
     at_run_time = isinstance(baseline, str) and baseline == "input"
     sources = _model_inputs(job) if at_run_time else outermost(job)
     region = _region(job, sources)
-    batch = batch_symbol(graph, sources)
-    shared = batch is not None and _can_share(graph, sources, region, batch)
+    samples = _shared(graph, sources, region)
     if job.method.background:
-        job.background = _background(job, sources, region, shared)
+        stacked = samples is not None and not samples.merged
+        job.background = _background(job, sources, region, stacked)
         return
-    dims: dict[str, Dim] = {batch: 1} if shared and batch is not None else {}
+    shared = samples is not None
     if at_run_time:
         placed = {t.name: _input(job, t, shared) for t in sources}
     else:
         arrays = _arrays(graph, sources, baseline, background=False)
         placed = {t.name: _constant(graph, t, arrays[t.name], shared) for t in sources}
-    job.reference = graph.replicate(region, placed, dims)
-    job.reference_dims = dims
+    job.reference = graph.replicate(region, placed, samples.dims(1) if samples else {})
+    if samples is not None:
+        job.reference = _broadcast(graph, job.reference, samples)
+        job.reference_dims = {samples.batch: 1}
     job.baselines = {t.name: job.reference(t) for t in job.scope.inputs}
 
 
@@ -82,187 +88,37 @@ def _region(job: Job, sources: Sequence[Tensor]) -> list[Node]:
 # -- one reference for all samples -----------------------------------------------------------------
 
 
-def batch_symbol(graph: Graph, sources: Sequence[Tensor]) -> str | None:
-    """The symbol of the batch axis, if all sources lead with the same one."""
-    leading = {(graph.shape(t) or (None,))[0] for t in sources}
-    symbol = leading.pop() if len(leading) == 1 else None
-    return symbol if isinstance(symbol, str) else None
-
-
-def keeps_batch_apart(
-    graph: Graph, sources: Sequence[Tensor], region: Sequence[Node], batch: str
-) -> bool:
-    """Whether every tensor of values in the region has the batch as one axis of its own.
-
-    Then nothing mixes samples with other axes or with each other: the region can be evaluated at
-    another batch. Only what depends on the sources by their shape alone may be free of the batch,
-    and how many samples there are must not be a number to reckon with.
-    """
-    carrying, counts = {t.name for t in sources}, dict[str, Shape]()
-    for node in region:
-        if not _keeps_samples_apart(graph, node, batch):
-            return False
-        counted = _counted(graph, node, counts)
-        if not is_float(node.outputs[0].dtype):
-            counts.update((t.name, counted) for t in node.outputs)
-        elif node.op in _CASTS and not all(_is_known(graph, d) and d != batch for d in counted):
-            return False
-        carries = node.op not in _SHAPES and any(t.name in carrying for t in graph.uses(node))
-        for tensor in node.outputs:
-            if not tensor.name:
-                continue
-            if carries:
-                carrying.add(tensor.name)
-            if is_float(tensor.dtype):
-                if not _apart(graph, tensor, batch, carries):
-                    return False
-            elif carries and (graph.shape(tensor) or ()).count(batch) != 1:
-                return False
-    return True
-
-
-def _keeps_samples_apart(graph: Graph, node: Node, batch: str) -> bool:
-    """Whether the batch is none of the axes that a node goes along or mixes.
-
-    Operators whose outputs show it by their shape need not be here.
-    """
-    shape = graph.shape(node.inputs[0]) if node.inputs else None
-    rule = rules.lookup(node.op, node.domain, ())
-    if isinstance(rule, rules.Structured):
-        axis = rule.batch_axis(graph, node)
-        if shape is None or axis is None or shape[axis] != batch:
-            return False
-    return shape is None or (
-        all(shape[k] != batch for k in _mixed_axes(graph, node, len(shape)))
-        and all(dim in (batch, free) for dim, free in _beside_batch(graph, node, shape, batch))
-    )
-
-
-def _beside_batch(graph: Graph, node: Node, shape: Shape, batch: str) -> Iterable[tuple[Dim, Dim]]:
-    """What meets the batch in operands that the output's shape does not follow.
-
-    Each with another dimension that it may have there: 1 where the operand is broadcast.
-    """
-    if batch not in shape or node.domain:
-        return
-    axis = shape.index(batch)
-    if node.op == "ScatterND":
-        depth = (graph.shape(node.inputs[1]) or (None,))[-1]
-        # Samples are picked by number, unless the axes picked from come before theirs.
-        yield batch if isinstance(depth, int) and axis >= depth else None, batch
-    states: dict[int, tuple[int, Dim]] = {4: (0, batch), 5: (axis, batch), 6: (axis, batch)}
-    meets: dict[str, dict[int, tuple[int, Dim]]] = {
-        "PRelu": {1: (axis - len(shape), 1)},
-        "Gemm": {2: (-2, 1)},
-        "ScatterElements": {1: (axis, batch), 2: (axis, batch)},
-        "ReverseSequence": {1: (0, batch)},
-        "RNN": states,
-        "GRU": states,
-        "LSTM": states,
-    }
-    for i, (k, free) in meets.get(node.op, {}).items():
-        operand = node.inputs[i] if i < len(node.inputs) else None
-        dims = graph.shape(operand) if operand is not None and operand.name else ()
-        if dims is None:
-            yield None, free
-        elif -len(dims) <= k < len(dims):
-            yield dims[k], free
-
-
-_ALONG_AXIS = frozenset(
-    "Softmax LogSoftmax Hardmax LpNormalization GatherElements ScatterElements".split()
-)
-
-
-def _mixed_axes(graph: Graph, node: Node, rank: int) -> Iterable[int]:
-    """Axes along which entries meet though the output keeps the input's shape."""
-    if node.domain:
-        return ()
-    if node.op in _ALONG_AXIS:
-        return (graph.attr(node, "axis"),)
-    if node.op in ("LayerNormalization", "RMSNormalization"):
-        return range(graph.attr(node, "axis") % rank, rank)
-    if node.op in ("InstanceNormalization", "GroupNormalization", "LRN"):
-        return range(1, rank)
-    if node.op == "MeanVarianceNormalization":
-        return [int(k) for k in graph.attr(node, "axes") if -rank <= k < rank]
-    if node.op == "ReverseSequence":
-        return (graph.attr(node, "time_axis"),)
-    if node.op == "Trilu":
-        return range(rank - 2, rank)
-    if node.op == "CumSum":
-        axis = graph.value(node.inputs[1])
-        return range(rank) if axis is None else (int(axis.reshape(())),)
-    return ()
-
-
-def _counted(graph: Graph, node: Node, counts: Mapping[str, Shape]) -> Shape:
-    """The dimensions that whole numbers which a node puts out are made of, as far as known."""
-    if node.op in _SHAPES:
-        shape = graph.shape(node.inputs[0])
-        if shape is None:
-            return (None,)
-        return shape[graph.attr(node, "start") or 0 : graph.attr(node, "end")]
-    found = tuple(dim for t in graph.uses(node) for dim in counts.get(t.name, ()))
-    index = graph.value(node.inputs[1]) if node.op == "Gather" else None
-    if index is not None and any(source.op == "Shape" for source in node.inputs[0].inputs):
-        return tuple(found[k] for k in index.reshape(-1).tolist())
-    return found
-
-
-def captured(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) -> list[Tensor]:
-    """Tensors, constants aside, that the region reads but neither is nor computes."""
-    inside = {t.name for t in sources} | {t.name for node in region for t in node.outputs}
-    found = {t.name: t for node in region for t in graph.uses(node) if t.name not in inside}
-    return [t for t in found.values() if graph.value(t) is None]
-
-
-def _can_share(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node], batch: str) -> bool:
-    """Whether one reference serves all samples: what it meets from outside is free of the batch."""
+def _shared(graph: Graph, sources: Sequence[Tensor], region: Sequence[Node]) -> Samples | None:
+    """Where the samples lie, if one reference serves all: what it meets is free of the batch."""
+    batch = batch_symbol(graph, sources)
+    if batch is None:
+        return None
     outside = captured(graph, sources, region)
-    return (
-        keeps_batch_apart(graph, sources, region, batch)
-        and all(fully_known(graph, t) and batch not in (graph.shape(t) or ()) for t in outside)
-        and not counts_batch(graph, outside, batch)
-    )
+    free = all(fully_known(graph, t) and batch not in (graph.shape(t) or ()) for t in outside)
+    if not free or counts_batch(graph, outside, batch):
+        return None
+    return kept_apart(graph, sources, region, batch)
 
 
-def counts_batch(graph: Graph, outside: Sequence[Tensor], batch: str) -> bool:
-    """Whether a tensor without a batch axis may hold the number of samples, as a shape does."""
-    free = [t for t in outside if batch not in (graph.shape(t) or ())]
-    counts = dict[str, Shape]()
-    for node in graph.prune(graph.nodes, free):
-        counted = _counted(graph, node, counts)
-        counts.update((t.name, counted) for t in node.outputs)
-    return any(
-        dim == batch or (not is_float(t.dtype) and not _is_known(graph, dim))
-        for t in free
-        for dim in counts.get(t.name, ())
-    )
-
-
-def _apart(graph: Graph, tensor: Tensor, batch: str, carries: bool) -> bool:
-    shape = graph.shape(tensor)
-    if shape is None:
-        return False
-    if shape and shape[0] == batch:
-        # Unknown dimensions behind a leading batch axis cannot hold the batch once more.
-        return shape.count(batch) == 1
-    return shape.count(batch) == int(carries) and fully_known(graph, tensor)
-
-
-def fully_known(graph: Graph, tensor: Tensor) -> bool:
-    """Whether every dimension is a number or a symbol of the model's inputs.
-
-    Other symbols stand for something computed, which may hold the batch ("4*N").
-    """
-    shape = graph.shape(tensor)
-    return shape is not None and all(_is_known(graph, dim) for dim in shape)
-
-
-def _is_known(graph: Graph, dim: Dim) -> bool:
-    symbols = {dim for t in graph.inputs for dim in graph.shape(t) or ()}
-    return isinstance(dim, int) or (dim is not None and dim in symbols)
+def _broadcast(graph: Graph, there: Values, samples: Samples) -> Values:
+    """Values at a shared reference, repeated where samples lie along an axis with others."""
+    op, found = graph.op, dict(there.mapping)
+    for name, place in samples.merged.items():
+        tensor, value = graph.tensors()[name], there.mapping[name]
+        if not is_float(tensor.dtype):
+            continue
+        axis, rank = place.axis, len(graph.shape(tensor) or ())
+        whole = op.Shape(tensor)
+        times = op.Div(*(op.Shape(t, start=axis, end=axis + 1) for t in (tensor, value)))
+        size = op.Shape(value)
+        ends = [op.Slice(size, [a], [b]) for a, b in ((0, axis), (axis + 1, rank))]
+        split = graph.constant([place.outer, -1, place.inner], np.int64)
+        split = op.Reshape(value, op.Concat(ends[0], split, ends[1], axis=0))
+        ones = [graph.constant([1] * n, np.int64) for n in (axis + 1, rank - axis)]
+        repeated = op.Tile(split, op.Concat(ones[0], times, ones[1], axis=0))
+        found[name] = op.Reshape(repeated, whole)
+        found[name].shape = list(tensor.shape)
+    return Values(found)
 
 
 # -- placing it ------------------------------------------------------------------------------------

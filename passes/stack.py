@@ -4,11 +4,6 @@ Methods that evaluate the model at many points stack some of them along the batc
 (:class:`Stack`) and go over such groups one by one, adding up (:func:`accumulate`), so that
 memory is bounded by one group. Copies are the slow axis: [copies · N, …]. A model whose batch
 cannot be stacked (a fixed batch, or one mixed with other axes) is evaluated one copy at a time.
-
-Groups are the iterations of a Loop. ONNX Runtime's CPU provider does not lay out convolutions in
-blocks of channels inside one, which costs a fifth of the time or more: a few groups of a model with
-convolutions are spelled out instead. Each is over before the next begins, as ONNX Runtime takes the
-operands of a sum one after the other, with all that leads to them.
 """
 
 from __future__ import annotations
@@ -21,21 +16,20 @@ import numpy as np
 from onnx_attrib import rules
 from onnx_attrib.ir import Dim, Graph, Node, Tensor, Values, is_float
 from onnx_attrib.job import Job
-from onnx_attrib.passes.reference import (
+from onnx_attrib.passes.bodies import GROUPS
+from onnx_attrib.passes.reference import outermost
+from onnx_attrib.passes.samples import (
     batch_symbol,
     captured,
     counts_batch,
     fully_known,
-    keeps_batch_apart,
-    outermost,
+    kept_apart,
 )
 from onnx_attrib.passes.simplify import share
 from onnx_attrib.rules import Structured
 
 Step = Callable[[Tensor], list[Tensor]]
 """From the number of the group, int64 [], to what it adds."""
-_SPELLED = 1000
-"""Nodes, of the model in all groups together, that are spelled out."""
 
 
 def downstream(graph: Graph, nodes: Sequence[Node], sources: Sequence[Tensor]) -> list[Node]:
@@ -58,7 +52,8 @@ def stackable(job: Job, sources: Sequence[Tensor] | None = None) -> str | None:
     batch = batch_symbol(graph, sources)
     if batch is None or job.scope.batch != batch:
         return None
-    if not keeps_batch_apart(graph, sources, region, batch):
+    samples = kept_apart(graph, sources, region, batch)
+    if samples is None or samples.merged:
         return None
     outside = captured(graph, sources, region)
     known = all(fully_known(graph, tensor) for tensor in outside)
@@ -191,29 +186,19 @@ def accumulate(
     groups: int | Tensor,
     start: Sequence[Tensor],
     step: Step,
-    region: Sequence[Node] = (),
 ) -> list[Tensor]:
     """Σ step(g) over the groups g = 0, 1, …, in a Loop; just step(0) if there is one group.
 
     ``start``: zeros of the types and shapes that ``step`` returns. ``groups``: a number, or int64
-    []. ``region``: the nodes of the model that a step evaluates, if groups may be spelled out.
-    What a step computes that does not depend on g is computed once.
+    []. What a step computes that does not depend on g is computed once.
     """
-    if isinstance(groups, int) and (groups == 1 or _spelled_out(groups, region)):
-        totals = step(graph.constant(0, np.int64))
-        for number in range(1, groups):
-            more = step(graph.constant(number, np.int64))
-            totals = [graph.op.Add(a, b) for a, b in zip(totals, more, strict=True)]
-        return totals
+    if isinstance(groups, int) and groups == 1:
+        return step(graph.constant(0, np.int64))
 
     def adding(number: Tensor, carried: list[Tensor]) -> list[Tensor]:
         return [graph.op.Add(a, b) for a, b in zip(carried, step(number), strict=True)]
 
     return loop(graph, groups, start, adding)
-
-
-def _spelled_out(groups: int, region: Sequence[Node]) -> bool:
-    return groups * len(region) <= _SPELLED and any(node.op == "Conv" for node in region)
 
 
 def loop(
@@ -232,7 +217,7 @@ def loop(
     with graph.collect() as nodes:
         results = [op.Identity(go_on), *step(number, carried)]
     nodes = share(graph, graph.in_order(nodes), {t.name for t in results})
-    body = graph.subgraph("groups", nodes, [number, go_on, *carried], results)
+    body = graph.subgraph(GROUPS, nodes, [number, go_on, *carried], results)
     trips = graph.constant(count, np.int64) if isinstance(count, int) else count
     ends = op.Loop(trips, None, *start, body=body, outputs=len(start))
     ends = list(ends) if isinstance(ends, tuple) else [ends]

@@ -5,6 +5,8 @@ The formulas are those of DeepLIFT with the Rescale rule (:mod:`onnx_attrib.meth
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnx_attrib.ir import Tensor
 from onnx_attrib.methods.base import Shares, Sweeper, numeric, scale
 from onnx_attrib.rules.base import Bilinear, Elementwise, MaxLike, Site
@@ -12,12 +14,20 @@ from onnx_attrib.rules.base import Bilinear, Elementwise, MaxLike, Site
 
 def rescale(sweep: Sweeper, site: Site, rule: Elementwise) -> Shares:
     """g(z) = Δf / Δz."""
-    return {rule.operand: scale(site, site.m, secant(site, rule))}
+    smooth = rule.secant is None and not (rule.piecewise or rule.kinked or rule.partial(site))
+    single = site.graph.dtype(site.y) == np.float32
+    found = switched(sweep, site, rule) if smooth and single else secant(site, rule)
+    return {rule.operand: scale(site, site.m, found)}
 
 
 _SHARPEST = 0.16
 """A change of slope, relative to the slopes, beyond which there is a kink in the largest step for
 which the mean slope is used; proportionally less in a smaller one."""
+
+
+_NOTHING = 1.7 * 2.0**-100
+"""Added to a step and, times the slope, to the change: nothing beside any step but zero, where the
+slope is left (ReLU6 of 48 channels of 112²: 1.5 ms, and 1.8 ms by selecting)."""
 
 
 def secant(site: Site, rule: Elementwise) -> Tensor:
@@ -32,11 +42,14 @@ def secant(site: Site, rule: Elementwise) -> Tensor:
         return closed
     op, reference = site.op, at_reference(site)
     step = op.Sub(site.x(rule.operand), reference.x(rule.operand))
-    quotient = op.Div(op.Sub(site.y, reference.y), step)
+    change = op.Sub(site.y, reference.y)
     there = numeric(site, rule.derivative(reference))
+    wide = site.graph.dtype(step) in (np.float32, np.float64)
     if rule.piecewise:
         # Without a step both slopes are the same, and the reference's may be a constant.
-        return op.Where(op.Equal(step, 0.0), there, quotient)
+        if wide:
+            return op.Div(op.Add(change, op.Mul(there, _NOTHING)), op.Add(step, _NOTHING))
+        return op.Where(op.Equal(step, 0.0), there, op.Div(change, step))
     slope = numeric(site, rule.derivative(site))
     mean = site.midpoint(slope, there)
     # "Not greater" also catches the NaN of two equal infinities (masked logits).
@@ -47,7 +60,41 @@ def secant(site: Site, rule: Elementwise) -> Tensor:
         both = op.Add(op.Add(op.Abs(slope), op.Abs(there)), 1.0)
         bend = op.Mul(op.Mul(size, _SHARPEST / site.tolerance(step)), both)
         far = op.Or(far, op.Greater(op.Abs(op.Sub(slope, there)), bend))
-    return op.Where(far, quotient, mean)
+    return op.Where(far, op.Div(change, step), mean)
+
+
+def switched(sweep: Sweeper, site: Site, rule: Elementwise) -> Tensor:
+    """:func:`secant` of a smooth function, with nothing selected, which ONNX Runtime is slow at.
+
+    (Δf + v · t) / (Δz + v), with v = 1 next to z̄ and 0 elsewhere, for t = f'(z̄) + f''(z̄) · Δz / 2:
+    as t is Δf / Δz to second order, adding it to Δf and 1 to Δz changes nothing but where the two
+    are small, and their rounding no longer counts. f' and f'' are those at z̄, which a fixed
+    baseline makes constants (GELU of 8 × 197 × 768: 12 ms → 6 ms).
+    """
+    op, reference = site.op, at_reference(site)
+    step = op.Sub(site.x(rule.operand), reference.x(rule.operand))
+    bend = op.Mul(curvature(sweep, reference, rule), 0.5)
+    slope = op.Add(op.Mul(step, bend), numeric(site, rule.derivative(reference)))
+    near = op.HardSigmoid(op.Abs(step), alpha=-_STEEP, beta=_STEEP * _NEAR)
+    above = op.Add(op.Sub(site.y, reference.y), op.Mul(near, slope))
+    result: Tensor = op.Div(above, op.Add(step, near))
+    return result
+
+
+_NEAR, _STEEP = 2.0**-8, 2.0**60
+"""The cube root of float32's epsilon; a slope that lets no float32 be between 0 and 1."""
+
+
+def curvature(sweep: Sweeper, site: Site, rule: Elementwise) -> Tensor:
+    """f''(z), from the slopes a little to both sides."""
+    op, z = site.op, site.x(rule.operand)
+    width = site.tolerance(z)
+    slopes = [
+        numeric(site, rule.derivative(sweep.again(site, {rule.operand: op.Add(z, shift)})))
+        for shift in (width, -width)
+    ]
+    result: Tensor = op.Mul(op.Sub(*slopes), 0.5 / width)
+    return result
 
 
 def midpoint(sweep: Sweeper, site: Site, rule: Bilinear) -> Shares:

@@ -1,7 +1,7 @@
 """Operators defined by others: softmax and the normalisations.
 
-The definitions are numerically careful (a centred variance, a shifted exponential) and are used
-for differences, where every operator in them conserves. Gradients have fused forms where that is
+The definitions are numerically careful (a centred variance, a shifted exponential), and every
+operator in them conserves differences. Gradients and differences have fused forms where that is
 measurably faster.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add, gate, only
-from onnx_attrib.rules.elementwise import ref
+from onnx_attrib.rules.elementwise import MASKED, at_least, logarithmic_mean, ref
 
 # -- softmax ---------------------------------------------------------------------------------------
 
@@ -59,10 +59,68 @@ def softmax_definition(s: Site) -> Sequence[Tensor]:
     return [s.op.Exp(log_softmax_definition(s)[0])]
 
 
+def softmax_secants(s: Site) -> tuple[Tensor, Tensor]:
+    """a = Δp / Δ(log p) for p = softmax(z), and 1 / Σ a along the axis.
+
+    Σ Δp = 0, so that Σ a · Δz = Σ a · Δ(log Σ e^z): the secant of log Σ e^z is a / Σ a. At z = z̄
+    both are p. log p is z − max z + log max p, which holds where p is zero for float32.
+    """
+    op, axes = s.op, s.graph.constant([s.attr("axis")], np.int64)
+    least = np.array(np.finfo(s.graph.dtype(s.y)).tiny, s.graph.dtype(s.y))
+    logits, probabilities, sums = [], [], []
+    for one in (s, ref(s)):
+        p = op.Exp(one.y) if s.node.op == "LogSoftmax" else one.y
+        if guarded(s):
+            p = op.Where(op.IsNaN(p), 0.0, p)
+        z = one.x() if finite(s.node.inputs[0]) else at_least(s, one.x(), MASKED)
+        top = op.ReduceMax(z, axes, keepdims=1)
+        logits.append(z)
+        probabilities.append(p)
+        sums.append(op.Sub(top, op.Log(op.Max(op.ReduceMax(p, axes, keepdims=1), least))))
+    step = op.Sub(op.Sub(*logits), op.Sub(*sums))
+    secant = logarithmic_mean(s, *probabilities, step)
+    total = op.ReduceSum(secant, axes, keepdims=1)
+    return secant, op.Reciprocal(op.Max(total, least))
+
+
+_KEEP_FINITE = frozenset("Mul Div Reshape Transpose Identity Cast Squeeze Unsqueeze".split())
+_FINITE = frozenset("MatMul Gemm Einsum Conv".split())
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor is what a layer gives, at most scaled: no mask has put infinities there."""
+    while tensor.inputs and tensor.inputs[0].op in _KEEP_FINITE:
+        tensor = tensor.inputs[0].inputs[0]
+    return bool(tensor.inputs) and tensor.inputs[0].op in _FINITE
+
+
+def softmax_difference(s: Site, i: int) -> Tensor:
+    """Forward form p = softmax(z). Backward returns a · (m − Σ m · a / Σ a), a = Δp / Δ(log p)."""
+    op, m = s.op, s.m
+    if guarded(s):
+        # What becomes of the NaN is no difference of numbers.
+        m = op.Where(op.Or(op.IsNaN(s.y), op.IsNaN(ref(s).y)), 0.0, m)
+    secant, inverse = softmax_secants(s)
+    weighted = op.Mul(m, secant)
+    mean = op.Mul(op.ReduceSum(weighted, [s.attr("axis")], keepdims=1), inverse)
+    result: Tensor = op.Sub(weighted, op.Mul(secant, mean))
+    return result
+
+
+def log_softmax_difference(s: Site, i: int) -> Tensor:
+    """Forward form y = log softmax(z). Backward returns m − a · Σ m / Σ a, a = Δ(e^y) / Δy."""
+    op = s.op
+    secant, inverse = softmax_secants(s)
+    total = op.Mul(op.ReduceSum(s.m, [s.attr("axis")], keepdims=1), inverse)
+    result: Tensor = op.Sub(s.m, op.Mul(secant, total))
+    return result
+
+
 add(
     Composite(
         op="Softmax",
         pull=softmax_pull,
+        difference=softmax_difference,
         decompose=softmax_definition,
         distribution=True,
         role=gate,
@@ -72,6 +130,7 @@ add(
     Composite(
         op="LogSoftmax",
         pull=log_softmax_pull,
+        difference=log_softmax_difference,
         decompose=log_softmax_definition,
         distribution=True,
     )
@@ -114,15 +173,15 @@ def layer_pull(s: Site, i: int) -> Tensor:
     if i == 2:
         return s.m
     axes = trailing(s, s.attr("axis") % s.rank(s.x()))
-    normal, inverse = layer_statistics(s, axes)
-    m, scale = (typed(s, t, s.graph.dtype(normal)) for t in (s.m, s.x(1)))
+    centred, inverse = layer_centred(s, axes)
+    m, scale = (typed(s, t, s.graph.dtype(centred)) for t in (s.m, s.x(1)))
     if i == 1:
-        return typed(s, op.Mul(m, normal), dtype)
+        return typed(s, op.Mul(m, op.Mul(centred, inverse)), dtype)
     g = op.Mul(m, scale)
-    centred = op.Sub(g, op.ReduceMean(g, axes, keepdims=1))
+    g = op.Sub(g, op.ReduceMean(g, axes, keepdims=1))
     # The mean of x̂ is zero: so is what the mean of g adds to the second.
-    along = op.Mul(normal, op.ReduceMean(op.Mul(centred, normal), axes, keepdims=1))
-    return typed(s, op.Mul(op.Sub(centred, along), inverse), dtype)
+    along = op.Mul(op.ReduceMean(op.Mul(g, centred), axes, keepdims=1), op.Mul(inverse, inverse))
+    return typed(s, op.Mul(op.Sub(g, op.Mul(centred, along)), inverse), dtype)
 
 
 def typed(s: Site, tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
@@ -130,18 +189,42 @@ def typed(s: Site, tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
     return tensor if s.graph.dtype(tensor) == dtype else s.op.Cast(tensor, to=dtype)
 
 
-def layer_statistics(s: Site, axes: Tensor) -> tuple[Tensor, Tensor]:
-    """x̂ and the inverse deviation: in float32 for 16 bits too, which the operator gives them in."""
+def layer_difference(s: Site, i: int) -> Tensor | None:
+    """Forward form y = c · r · scale + bias, c = x − mean, r = 1 / σ over the axes from ``axis``.
+
+    Backward returns g · (r + r̄)/2 − (c + c̄) · mean((c + c̄) · g) · r · r̄ / (2 (σ + σ̄)), with
+    g = m · scale less its mean: c at its midpoint times Δr, which is −Δ(σ²) · r · r̄ / (σ + σ̄), and
+    r at its midpoint times Δc.
+    """
+    op, base, dtype = s.op, ref(s), s.graph.dtype(s.x())
+    if s.active != (0,) or s.x(1).name != base.x(1).name:
+        return None
+    axes = trailing(s, s.attr("axis") % s.rank(s.x()))
+    (c, r), (c_base, r_base) = layer_centred(s, axes), layer_centred(base, axes)
+    m, scale = (typed(s, t, s.graph.dtype(c)) for t in (s.m, s.x(1)))
+    g = op.Mul(m, scale)
+    g = op.Sub(g, op.ReduceMean(g, axes, keepdims=1))
+    both = op.Add(c, c_base)
+    # r · r̄ / (σ + σ̄) = (r · r̄)² / (r + r̄)
+    product, total = op.Mul(r, r_base), op.Add(r, r_base)
+    bend = op.Mul(op.Div(product, total), op.Mul(product, -0.5))
+    along = op.Mul(op.ReduceMean(op.Mul(g, both), axes, keepdims=1), bend)
+    share = op.Add(op.Mul(g, op.Mul(total, 0.5)), op.Mul(both, along))
+    return typed(s, share, dtype)
+
+
+def layer_centred(s: Site, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """x − mean and the inverse deviation: in float32 for 16 bits too, as the operator has them."""
     op, node, x = s.op, s.node, s.x()
     if s.graph.dtype(x) == np.float64:
-        normal, _, inverse = standardized(s, x, axes)
-        return normal, inverse
+        _, mean, inverse = standardized(s, x, axes)
+        return op.Sub(x, mean), inverse
     _, mean, inverse = op.LayerNormalization(
         *[t for t in s.inputs if t is not None],
         outputs=3,
         **{name: s.attr(name) for name in node.attrs},
     )
-    return op.Mul(op.Sub(typed(s, x, s.graph.dtype(mean)), mean), inverse), inverse
+    return op.Sub(typed(s, x, s.graph.dtype(mean)), mean), inverse
 
 
 def layer_definition(s: Site) -> Sequence[Tensor]:
@@ -183,6 +266,7 @@ add(
     Composite(
         op="LayerNormalization",
         pull=layer_pull,
+        difference=layer_difference,
         decompose=layer_definition,
         broadcasts=True,
         normalizes=True,

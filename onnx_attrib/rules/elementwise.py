@@ -110,7 +110,34 @@ row(
     partial=always,
     role=inverse,
 )
-row("Exp", lambda s: s.y)
+row("Exp", lambda s: s.y, secant=lambda s: exponential_secant(s))
+
+
+MASKED = -1e30
+"""Logits that are −∞ count as this: differences of two are zero, not NaN."""
+
+
+def exponential_secant(s: Site) -> Tensor:
+    """(e^z − e^z̄) / Δz."""
+    z, base = (at_least(one, one.x(), MASKED) for one in (s, ref(s)))
+    return logarithmic_mean(s, s.y, ref(s).y, s.op.Sub(z, base))
+
+
+def at_least(s: Site, tensor: Tensor, bound: float) -> Tensor:
+    """max(tensor, bound), for a bound that float16 may not hold."""
+    dtype = s.graph.dtype(tensor)
+    lowest = -np.inf if dtype.kind != "f" else np.finfo(dtype).min
+    return s.op.Clip(tensor, np.array(max(bound, lowest), dtype))
+
+
+def logarithmic_mean(s: Site, a: Tensor, b: Tensor, step: Tensor) -> Tensor:
+    """(a − b) / step for step = log a − log b: (a + b) · tanh(|step|/2) / |step|.
+
+    No difference cancels in it, and next to zero it needs no other formula.
+    """
+    op = s.op
+    size = at_least(s, op.Abs(step), 1e-30)
+    return op.Mul(op.Add(a, b), op.Div(op.Tanh(op.Mul(size, 0.5)), size))
 
 
 def steep_at_zero(s: Site, secant: Tensor) -> Tensor:
@@ -321,7 +348,7 @@ def softsign_slope(s: Site) -> Tensor:
     return s.op.Mul(r, r)
 
 
-row("Softsign", softsign_slope)
+row("Softsign", softsign_slope, kinked=True)
 
 
 def exponential_unit(alpha: Callable[[Site], float], scale: Callable[[Site], float]) -> Slope:
@@ -357,7 +384,7 @@ def celu_slope(s: Site) -> Tensor:
     return s.op.Where(positive(s), number(s, 1), below)
 
 
-row("Celu", celu_slope, relu_like=rectifier)
+row("Celu", celu_slope, kinked=True, relu_like=rectifier)
 
 
 def hard_sigmoid_slope(s: Site) -> Tensor:
@@ -402,7 +429,7 @@ def gelu_slope(s: Site) -> Tensor:
         return op.Mul(op.Add(op.Add(t, 1.0), outer), 0.5)
     # With t = z/√2: z · φ(z) = t · exp(−ln √π − t²), one operator less.
     t = op.Mul(z, math.sqrt(0.5))
-    cdf = op.Add(op.Mul(op.Erf(t), 0.5), 0.5)
+    cdf = op.HardSigmoid(op.Erf(t), alpha=0.5, beta=0.5)
     density = op.Exp(op.Sub(-math.log(math.pi) / 2, op.Mul(t, t)))
     return op.Add(cdf, op.Mul(t, density))
 
