@@ -26,6 +26,7 @@ _IN_BLOCK = frozenset(
     QuantizeLinear DequantizeLinear Transpose Squeeze Unsqueeze Reshape Slice Split
     """.split()
 )
+_MOVING = frozenset("Cast Dropout Identity Reshape Squeeze Transpose Unsqueeze".split())
 _KEEPING = _IN_BLOCK | set(
     "Pad Gather Resize Softmax LogSoftmax MatMul DepthToSpace SpaceToDepth".split()
 )
@@ -33,19 +34,25 @@ _KEEPING = _IN_BLOCK | set(
 
 def last_block(graph: Graph, nodes: Sequence[Node], output: Tensor) -> Tensor | None:
     """The last tensor with positions that comes of a convolution by arithmetic, activations,
-    norms and concatenation; None if there is none.
+    norms and concatenation; None if there is none. What only moves its entries comes after it.
 
     ``nodes``: what ``output`` depends on, sorted. A convolution that makes the output itself (of a
     segmenter) does not count: its positions are what is explained.
     """
     roles, block = _followed(graph, nodes)
     head = _head(graph, nodes, output)
-    for tensor in reversed(block.values()):
+
+    def fits(tensor: Tensor) -> bool:
         sizes = zip(graph.shape(tensor) or (), roles[tensor.name], strict=True)
         spread = any(dim != 1 for dim, role in sizes if role is not None and role > 1)
         placed = roles[tensor.name][0] == 0 and 1 in roles[tensor.name]
-        fits = spread and placed and tensor.name not in head and is_float(tensor.dtype)
-        if fits and output.name in flow(nodes, {tensor.name}):
+        return spread and placed and tensor.name not in head and is_float(tensor.dtype)
+
+    moved = {t.name: node.inputs[0] for node in nodes if node.op in _MOVING for t in node.outputs}
+    for tensor in reversed(block.values()):
+        if fits(tensor) and output.name in flow(nodes, {tensor.name}):
+            while (before := moved.get(tensor.name)) and before.name in block and fits(before):
+                tensor = before
             return tensor
     return None
 

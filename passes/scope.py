@@ -195,9 +195,10 @@ def _reaches(upstream: Sequence[Node], tensor: Tensor) -> bool:
 def float_tensor(graph: Graph, name: str, role: str, upstream: Sequence[Node] = ()) -> Tensor:
     tensor = graph.find(name)
     if tensor is None:
+        known = [t for k, t in graph.tensors().items() if k in graph.own and is_float(t.dtype)]
+        choices = [t.name for t in known if graph.value(t) is None]
         raise OptionError(
-            f"the model has no tensor '{name}' to use as {role}: "
-            f"{suggest(name, list(graph.tensors()))}"
+            f"the model has no tensor '{name}' to use as {role}: {suggest(name, choices)}"
         )
     if not is_float(tensor.dtype):
         kind = "of unknown type" if tensor.dtype is None else str(np.dtype(tensor.dtype))

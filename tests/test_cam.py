@@ -187,6 +187,8 @@ FOUND = {
     "time first": f"""{STEM} c = Conv {PAD} (r, k) last = Relu(c)
         i = Transpose <perm = [3, 0, 1, 2]> (last) j = ReduceMean <keepdims = 0> (i, ends)
         y = MatMul(j, d)""",
+    "a mean with an axis put in": f"""{STEM} c = Conv {PAD} (r, k) last = Relu(c)
+        i = Unsqueeze(last, behind) j = ReduceMean <keepdims = 0> (i, folded) y = MatMul(j, d)""",
     "CAM": f"""{STEM} c = Conv {PAD} (r, k) last = Conv(c, logits)
         p = GlobalAveragePool(last) y = Flatten(p)""",
 }
@@ -202,6 +204,8 @@ def classifier(rng: np.random.Generator, body: str, image: str = "N, 3, 8, 8") -
         "spatial": np.array([2, 3]),
         "inside": np.array([1, 2]),
         "ends": np.array([0, 3]),
+        "behind": np.array([2]),
+        "folded": np.array([2, 3, 4]),
         "image": np.array([-1, 3, 8, 8]),
         "groups": np.array([0, 2, -1]),
         "whole": np.array([-1, 4, 8, 8]),
@@ -320,7 +324,7 @@ def test_signals_through_images(rng: np.random.Generator) -> None:
         d=draw(rng, 4, 5),
     )
     feeds = {"x": draw(rng, 2, 12, 3), "target": np.array([1, 3])}
-    for layer, shape in (("auto", (2, 1, 1, 10)), ("r", (2, 1, 10))):
+    for layer, shape in (("auto", (2, 1, 10)), ("last", (2, 1, 1, 10))):
         options: dict[str, Any] = {"layer": layer, "method": "grad-cam"}
         found = run(onnx_attrib.compile(model, **options), feeds)["x_attribution"]
         small = run(onnx_attrib.compile(model, upsample=False, **options), feeds)["x_attribution"]
@@ -466,6 +470,12 @@ def test_bad_options(rng: np.random.Generator, options: dict[str, Any], message:
     model = classifier(rng, FOUND["group normalisation"])
     with pytest.raises(OptionError, match=message):
         onnx_attrib.compile(model, "grad-cam", **options)
+
+
+def test_a_name_that_there_is_not(rng: np.random.Generator) -> None:
+    """What could be a layer is listed: no constants, no integers, nothing that is emitted."""
+    with pytest.raises(OptionError, match=r"choose from: x, s, r, c, last, m, q, f, e, y$"):
+        onnx_attrib.compile(classifier(rng, FOUND["VGG"]), "grad-cam", layer="?")
 
 
 def test_a_layer_beside_the_path(rng: np.random.Generator) -> None:

@@ -96,6 +96,22 @@ def test_deepexplain_baseline(method: str) -> None:
     np.testing.assert_almost_equal(found, [[0.0, 0.0]], 5)
 
 
+def test_deepexplain_other_network() -> None:
+    """``simple_model``, of which ``test_simple_model`` has the output."""
+    weights = {"w1": [[1, -1], [-1, 1]], "b1": [1.5, -1], "w2": [[1.1, 1.4], [-0.5, 1]]}
+    model = text(
+        """simple_model (float[N, 2] x) => (float[N, 2] y)
+        { h = Gemm(x, w1, b1) a = Relu(h) y = Gemm(a, w2, b2) }""",
+        {name: np.array(value) for name, value in {**weights, "b2": [0, 2]}.items()},
+    )
+    x = np.array([[1, 0]], np.float32)
+    for target, gradient in enumerate([[1.1, -1.1], [1.4, -1.4]]):
+        compiled = onnx_attrib.compile(model, "gradient", target=target)
+        result = numeric.run(compiled, {"x": x})
+        np.testing.assert_allclose(result["y"], [[2.75, 5.5]], rtol=1e-6)
+        np.testing.assert_allclose(result["x_attribution"], [gradient], rtol=1e-6)
+
+
 # -- Captum ----------------------------------------------------------------------------------------
 
 
@@ -441,7 +457,8 @@ def same(found: Mapping[str, Array]) -> None:
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_all_signed_methods_are_equal_on_a_linear_model(biased: bool) -> None:
-    same(all_methods(network("Identity", biased), SIGNED))
+    others = ("deep-shap", "expected-gradients", "occlusion")
+    same(all_methods(network("Identity", biased), (*SIGNED, *others)))
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -454,6 +471,14 @@ def test_lrp_is_gradient_times_input_on_relu_networks(biased: bool) -> None:
 def test_lrp_is_deeplift_without_biases(activation: str) -> None:
     """ε-LRP is DeepLIFT with a zero baseline if there is no bias and f(0) = 0."""
     same(all_methods(network(activation, biased=False), ("deeplift", "epsilon-lrp")))
+
+
+def test_lrp_of_sigmoid_networks_differs() -> None:
+    """Without biases, too: the value at zero goes to what is multiplied by z."""
+    methods = ("epsilon-lrp", "deeplift", "gradient-x-input")
+    found = all_methods(network("Sigmoid", biased=False), methods)
+    for other in methods[1:]:
+        assert np.abs(found["epsilon-lrp"] - found[other]).max() > 0.05
 
 
 def test_lrp_is_not_deeplift_with_biases() -> None:

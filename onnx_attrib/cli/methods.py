@@ -49,7 +49,7 @@ def _full(method: MethodInfo) -> str:
     facts = [
         ("g(z)", method.formula),
         ("paper", method.paper),
-        ("baseline", "yes" if method.needs_reference else "none"),
+        ("baseline", "zeros (--baseline)" if method.needs_reference else "none"),
         ("sums to S(x) − S(x̄)", "yes" if method.complete else "not promised"),
     ]
     lines = [method.name, f"  {method.summary}", rows(facts)]

@@ -1,6 +1,7 @@
 """DeepLIFT, conserving on every architecture.
 
-Multipliers m with Σ m·(x − x̄) = S(x) − S(x̄), exactly: every operator class conserves.
+Multipliers m with Σ m·(x − x̄) = S(x) − S(x̄), exactly: every operator class conserves. The
+attribution m·(x − x̄) has x's shape [N, …], and x̄ one sample or N.
 
 - elementwise: (f(z) − f(z̄)) / (z − z̄), and f' where the denominator vanishes;
 - products: each factor's gradient with the other at its midpoint, or at x (``product=gradient``);

@@ -1,6 +1,9 @@
 """The gradient and what is read off it: gradient, saliency, gradient × input.
 
-All three are the exact vector-Jacobian product ∂S/∂x; they differ in what is reported.
+All three are the exact vector-Jacobian product ∂S/∂x; they differ in what is reported, of x's shape
+[N, …]: ∂S/∂x (Baehrens et al. 2010), |∂S/∂x| (Simonyan et al. 2013, arXiv 1312.6034; some take the
+largest over channels: ``--reduce channels=abs-max``), or x · ∂S/∂x (Shrikumar et al. 2016,
+arXiv 1605.01713). The slope of a ReLU is 0 at 0, and a maximum sends all to its first winner.
 """
 
 from onnx_attrib.methods.base import GRADIENT, Method

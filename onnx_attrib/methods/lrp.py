@@ -3,7 +3,12 @@
 x · ∂ᵍS/∂x with g(z) = f(z) / (z + ε·sign z), sign 0 = +1, and f'(0) at z = 0. On networks of
 ReLUs without it this is gradient × input. A product of two variables halves the multiplier to
 each, so relevance is split evenly; a maximum takes all; normalisations are followed through their
-definitions; Softmax passes its gradient, as in the paper's implementation.
+definitions; Softmax passes its gradient, as in the paper's implementation. The attribution has x's
+shape [N, …].
+
+Layer by layer, as in zennit and :mod:`onnx_attrib.methods.relevance`, every layer and sum has a
+stabiliser, also where no nonlinearity follows. On layers and nonlinearities in turn that is the
+same, up to ε.
 """
 
 from onnx_attrib.methods.base import (

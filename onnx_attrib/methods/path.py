@@ -2,7 +2,11 @@
 
 (x − x̄) · ∫₀¹ ∂S/∂x (x̄ + α(x − x̄)) dα, Sundararajan et al. 2017 (arXiv 1703.01365). The integral
 is a weighted sum over ``steps`` points on [0, 1]; ``gauss-legendre`` is exact for polynomials of
-degree 2·steps − 1, ``trapezoid`` includes both ends, the others are Riemann sums.
+degree 2·steps − 1, ``trapezoid`` includes both ends, the others are Riemann sums. The attribution
+has x's shape [N, …], and x̄ one sample or N.
+
+Weights sum to 1. Captum's ``riemann_trapezoid`` has weights that sum to (steps − 1)/steps, so that
+its attributions are smaller by that factor.
 """
 
 import numpy as np

@@ -10,7 +10,8 @@ At a ReLU y = max(z, 0) with the multiplier m of y, the multiplier of z is
 The same holds for the ReLU's kin: LeakyRelu, PRelu, Elu, Selu, Celu, ThresholdedRelu, a Clip at
 zero (ReLU6), and regions that spell one out (Where(x > 0, x, 0)). Everything else passes the plain
 gradient, a maximum to the winner, and the compiler's notes name the other nonlinearities. What is
-reported is the multiplier, as in Captum; Captum changes ``nn.ReLU`` modules only.
+reported is the multiplier, of x's shape [N, …], as in Captum; Captum changes ``nn.ReLU`` modules
+only.
 """
 
 from onnx_attrib.ir import Tensor

@@ -1,7 +1,7 @@
 """Methods against a background of K samples: DeepSHAP and expected gradients.
 
 The first axis of their baseline is K: an array [K, …] of the input's shape behind it, or given at
-run time. Zeros or a number is a background of one.
+run time. Zeros or a number is a background of one. Attributions have the input's shape [N, …].
 
 **DeepSHAP** (Lundberg & Lee 2017, arXiv 1705.07874; SHAP's DeepExplainer): the mean of DeepLIFT's
 attributions with each sample of the background as the reference. It sums to S(x) − mean S(x̄_k),

@@ -1,11 +1,11 @@
 """SmoothGrad: any gradient method averaged over noisy copies of the input.
 
 mean_j a(x + σε_j) over ``samples`` draws of standard normal ε (Smilkov et al. 2017, arXiv
-1706.03825), where a is what the method ``of`` reports, and σ is ``noise`` × (max x − min x) of each
-sample. ``power=2`` averages the squares a² (SmoothGrad², Hooker et al. 2019, arXiv 1806.10758),
-``power=variance`` gives mean a² − (mean a)² (VarGrad, Adebayo et al. 2018, arXiv 1810.03292;
-divided by the number of draws, as Captum does, not by one less). Captum's ``stdevs`` is σ itself,
-and each sample of a batch has other noise there.
+1706.03825), where a is what the method ``of`` reports, of x's shape [N, …], and σ is ``noise`` ×
+(max x − min x) of each sample. ``power=2`` averages the squares a² (SmoothGrad², Hooker et al.
+2019, arXiv 1806.10758), ``power=variance`` gives mean a² − (mean a)² (VarGrad, Adebayo et al. 2018,
+arXiv 1810.03292; divided by the number of draws, as Captum does, not by one less). Captum's
+``stdevs`` is σ itself, and each sample of a batch has other noise there.
 
 The noise is drawn inside the graph (:mod:`onnx_attrib.noise`). It depends on seed, draw, input and
 the entry's place within its sample: all samples of a batch have the same ε, so that a sample's

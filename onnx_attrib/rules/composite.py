@@ -78,7 +78,8 @@ def softmax_secants(s: Site) -> tuple[Tensor, Tensor]:
         probabilities.append(p)
         sums.append(op.Sub(top, op.Log(op.Max(op.ReduceMax(p, axes, keepdims=1), least))))
     step = op.Sub(op.Sub(*logits), op.Sub(*sums))
-    secant = logarithmic_mean(s, *probabilities, step)
+    here, there = probabilities
+    secant = logarithmic_mean(s, here, there, step)
     total = op.ReduceSum(secant, axes, keepdims=1)
     return secant, op.Reciprocal(op.Max(total, least))
 
