@@ -8,12 +8,17 @@ a step if it is steep enough:
 - Where(y > 0, m, 0) → m · HardSigmoid(2¹²⁷ · y)
   (80 channels of 56²: 0.50 ms → 0.14 ms with the copies);
 - Where(low < y < high, m, 0) → m · HardSigmoid(2⁶⁴ · (y − low)) · HardSigmoid(2⁶⁴ · (high − y)),
-  exactly so, as y is bounded (0.70 ms → 0.30 ms).
+  exactly so, as y is bounded (0.70 ms → 0.30 ms);
+- the same for y = Clip(Conv, 0, high) → m · HardSigmoid(2²⁵ · (p − 1 + (high − y) / 2ᵏ)), where
+  p = HardSigmoid(2¹²⁷ · y) and 2ᵏ is the first power of two from high on: a convolution does the
+  sum (with ReLU6 of 48 channels of 112², between two convolutions: 4.3 ms → 3.9 ms).
 
-A sum of a convolution and a tensor outside would keep all sums of a stage outside:
+A sum of a convolution and a tensor outside would keep all sums of a stage outside, and so would a
+product with a slope, or of a gate and what was interleaved:
 
 - Add(Conv, t), read by a convolution or a gate → Add(Conv, AveragePool 1×1 of t), which brings t
-  into blocks (ResNet-50, 64², batch 1: 49 copies → 17).
+  into blocks (ResNet-50, 64², batch 1: 49 copies → 17); Mul alike (64 channels of 56², between two
+  convolutions: 2.01 ms → 1.91 ms; DeepLIFT of a MobileNet, 224²: 7.2 → 6.5 times the forward).
 
 Precondition: a finished, sorted graph. Postcondition: the same outputs, but that a gate at a number
 between 0 and 6e-39 is half open, and a closed one does not stop what is infinite. So gates stay as
@@ -31,7 +36,8 @@ from onnx_attrib.ir import Graph, Node, Tensor
 from onnx_attrib.job import Job
 from onnx_attrib.passes.rewriting import Rewriting, for_cpu
 
-_STEEPEST, _STEEP = 2.0**127, 2.0**64
+_STEEPEST, _STEEP, _STEEP_SUM = 2.0**127, 2.0**64, 2.0**25
+_FLAT = 2.0**-64
 _BLOCK = 16
 """Channels in a block."""
 _ACTIVATIONS = frozenset("Relu Sigmoid Tanh HardSigmoid".split())
@@ -110,7 +116,7 @@ class _Gates:
         if interval is None or interval.y.dtype != np.float32 or not self._is_mixed(m):
             return
         if condition.name not in self.steps:
-            self.steps[condition.name] = _step(self.rewriting.graph, interval)
+            self.steps[condition.name] = self._step(interval)
         step = self.steps[condition.name]
         if step is not None:
             node.op = "Mul"
@@ -154,12 +160,35 @@ class _Gates:
             if node.op in _MIXES:
                 continue
             if node.op == "Mul" and all(
-                t.name not in self.opened and value(t) is None for t in node.inputs
+                t.name not in self.opened and value(t) is None and not self._is_mask(t)
+                for t in node.inputs
             ):
                 return False
             pending += [t for t in node.inputs if t.dtype == np.float32]
         self.mixed |= seen
         return True
+
+    def _step(self, interval: _Interval) -> Tensor | None:
+        """One inside the interval and zero outside; None where no activation is exactly that."""
+        clip = self.rewriting.maker(interval.y, "Clip")
+        shape = Graph.shape(interval.y)
+        if (
+            clip is not None
+            and self.rewriting.number(clip.inputs[1]) == interval.low == 0
+            and _FLAT < interval.high < 1 / _FLAT
+            and self.rewriting.maker(clip.inputs[0], "Conv") is not None
+            and shape is not None
+            and len(shape) == 4
+            and isinstance(shape[1], int)
+        ):
+            return _tent(self.rewriting.graph, interval.y, shape[1], interval.high)
+        return _step(self.rewriting.graph, interval)
+
+    def _is_mask(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a convolution of a constant, for each sample of the batch."""
+        node = self.rewriting.maker(tensor, "Conv")
+        node = node and self.rewriting.maker(node.inputs[0], "Expand")
+        return node is not None and self.rewriting.graph.value(node.inputs[0]) is not None
 
 
 def _step(graph: Graph, interval: _Interval) -> Tensor | None:
@@ -175,6 +204,21 @@ def _step(graph: Graph, interval: _Interval) -> Tensor | None:
         return None
     sides = [op.HardSigmoid(y, alpha=slope, beta=shift) for slope, shift, _ in steps]
     return sides[0] if len(sides) == 1 else op.Mul(*sides)
+
+
+def _tent(graph: Graph, y: Tensor, channels: int, high: float) -> Tensor:
+    """One where 0 < y < high and zero at both ends, for y in between.
+
+    Close to the upper end y is at least half of the power of two, so that their difference is a
+    multiple of 2⁻²⁴ of it, and no sum is rounded to where it does not belong.
+    """
+    op, power = graph.op, 2.0 ** np.ceil(np.log2(high))
+    above = op.HardSigmoid(y, alpha=_STEEPEST, beta=0.0)
+    weight = np.full((channels, 1, 1, 1), -1 / power, np.float32)
+    bias = np.full(channels, high / power - 1, np.float32)
+    below = op.Conv(y, weight, bias, group=channels)
+    result: Tensor = op.HardSigmoid(op.Add(below, above), alpha=_STEEP_SUM, beta=0.0)
+    return result
 
 
 def _is_exact(slope: float, shift: float, bound: float) -> bool:
@@ -202,7 +246,7 @@ class _Layout:
 
     def follow(self, node: Node) -> None:
         """Note whether a node gives its output in blocks; bring in what a sum lacks for that."""
-        if node.op == "Add":
+        if node.op in ("Add", "Mul"):
             self._bring_in(node)
         if len(node.outputs) == 1 and not node.domain and self._is_blocked(node):
             self.names.add(node.outputs[0].name)
@@ -244,6 +288,8 @@ class _Layout:
             return inside and self.rewriting.readers(node.inputs[0]) == 1
         if node.op in _POOLS:
             return inside and isinstance(shape[1], int) and shape[1] % _BLOCK == 0
+        if node.op == "Resize":
+            return inside and self.rewriting.graph.attr(node, "mode") == "nearest"
         return node.op in ("Add", "Mul") and self._joins(*node.inputs)
 
     def _convolves(self, node: Node) -> bool:

@@ -129,6 +129,45 @@ def test_strided_convolutions(method: str, kernel: int, rng: np.random.Generator
 
 
 @pytest.mark.parametrize("batch", ["N", 2])
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_shortcuts_beside_bottlenecks(
+    method: str, odd: bool, batch: int | str, rng: np.random.Generator
+) -> None:
+    """A 1×1 shortcut with stride 2 adds to what a layer without stride gives."""
+    size = 2 * int(rng.integers(4, 8)) + odd
+    net = Network(3, size)
+    net.then("Conv", weight(rng, 16, 3, 3, 3), pads=[1] * 4)
+    start = net.then("Relu")
+    net.then("Conv", weight(rng, 16, 16, 1, 1))
+    net.then("Relu")
+    net.then("Conv", weight(rng, 16, 16, 3, 3), strides=[2, 2], pads=[1] * 4)
+    long = net.then("Relu")
+    short = net.then("Conv", weight(rng, 16, 16, 1, 1), source=start, strides=[2, 2])
+    net.then("Add", short, source=long)
+    net.then("Relu")
+    x = rng.normal(size=(2, 3, size, size)).astype(np.float32)
+    tuned, _ = both(net.model(batch), x, method=method)
+    assert ops(tuned)["Resize"] == (0 if odd else 1)
+    assert ops(tuned)["Where"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_one_phase_of_four(method: str, at: tuple[int, int], rng: np.random.Generator) -> None:
+    """A 2×2 kernel of stride 2 meets the data at one phase for each of its entries."""
+    net = Network(3, 8)
+    net.then("Conv", weight(rng, 16, 3, 3, 3), pads=[1] * 4)
+    net.then("Relu")
+    cut = np.array(at)
+    net.then("Slice", cut, np.array([8, 8]), np.array([2, 3]))
+    net.then("Conv", weight(rng, 32, 16, 1, 1), strides=[2, 2])
+    net.then("Relu")
+    x = rng.normal(size=(2, 3, 8, 8)).astype(np.float32)
+    both(net.model(), x, method=method)
+
+
+@pytest.mark.parametrize("batch", ["N", 2])
 def test_residual_blocks(batch: int | str, rng: np.random.Generator) -> None:
     """The gradient beside a block of convolutions is brought into their layout once."""
     net = Network(3, 6)
@@ -175,6 +214,50 @@ def test_gates(low: float | None, high: float | None, rng: np.random.Generator) 
     assert ops(tuned)["Where"] == 0
     assert ops(tuned)["HardSigmoid"] == (low is not None) + (high is not None)
     assert (attribution[0] != attribution[1]).any()  # by the gates alone
+
+
+HIGHS = [6.0, 1.0, 0.7, 2.0**-20, 3e4, np.nextafter(np.float32(4), np.float32(5))]
+
+
+@pytest.mark.parametrize("high", HIGHS)
+def test_gates_between_zero_and_a_bound_are_exact(high: float, rng: np.random.Generator) -> None:
+    """Closed at both ends, open at the numbers next to them."""
+    f = np.float32
+    high = f(high)
+    net = Network(1, 4)
+    net.then("Conv", np.ones((16, 1, 1, 1), f))
+    net.then("Clip", f(0), high)
+    net.then("Conv", np.ones((16, 16, 1, 1), f))
+    x = (rng.uniform(0.01, 0.99, (1, 1, 4, 4)) * high).astype(f)
+    below = np.nextafter(high, f(0))
+    x[0, 0, :2] = [
+        [0, -0.0, -1, high],
+        [np.finfo(f).tiny, below, 2 * high, np.nextafter(below, f(0))],
+    ]
+    expected = np.where((x > 0) & (x < high), 256.0, 0.0)
+    tuned, attribution = both(net.model(), x, method="gradient")
+    np.testing.assert_array_equal(attribution, expected)
+    assert ops(tuned)["Where"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 2.0**70])
+def test_max_pools_of_any_scale(scale: float, rng: np.random.Generator) -> None:
+    size = 34
+    net = Network(16, size)
+    net.then("MaxPool", kernel_shape=[3, 3], strides=[1, 1], pads=[0, 1, 1, 0])
+    net.then("Conv", weight(rng, 16, 16, 1, 1))
+    x = (rng.integers(-2, 3, (2, 16, size, size)) * scale).astype(np.float32)
+    both(net.model(), x, method="gradient")
+
+
+def test_max_pools_of_huge_numbers_stay_within_bounds(rng: np.random.Generator) -> None:
+    net = Network(16, 34)
+    net.then("MaxPool", kernel_shape=[3, 3], strides=[1, 1])
+    net.then("Conv", np.ones((16, 16, 1, 1), np.float32))
+    model = onnx_attrib.compile(net.model(), method="gradient")
+    for size in (2.0**90, 2.0**110, 3e38, np.inf):
+        x = np.where(rng.integers(2, size=(1, 16, 34, 34)), size, -size)
+        run(model, x.astype(np.float32))
 
 
 def test_gates_that_stop_infinities_stay() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnx_attrib.ir import Tensor
 from onnx_attrib.rules.base import Composite, Linear, Site, Unsupported, add, gate, only
-from onnx_attrib.rules.elementwise import MASKED, at_least, logarithmic_mean, ref
+from onnx_attrib.rules.elementwise import least, logarithmic_mean, ref, unmasked
 
 # -- softmax ---------------------------------------------------------------------------------------
 
@@ -66,22 +66,21 @@ def softmax_secants(s: Site) -> tuple[Tensor, Tensor]:
     both are p. log p is z − max z + log max p, which holds where p is zero for float32.
     """
     op, axes = s.op, s.graph.constant([s.attr("axis")], np.int64)
-    least = np.array(np.finfo(s.graph.dtype(s.y)).tiny, s.graph.dtype(s.y))
     logits, probabilities, sums = [], [], []
     for one in (s, ref(s)):
         p = op.Exp(one.y) if s.node.op == "LogSoftmax" else one.y
         if guarded(s):
             p = op.Where(op.IsNaN(p), 0.0, p)
-        z = one.x() if finite(s.node.inputs[0]) else at_least(s, one.x(), MASKED)
+        z = one.x() if finite(s.node.inputs[0]) else unmasked(s, one.x())
         top = op.ReduceMax(z, axes, keepdims=1)
         logits.append(z)
         probabilities.append(p)
-        sums.append(op.Sub(top, op.Log(op.Max(op.ReduceMax(p, axes, keepdims=1), least))))
+        sums.append(op.Sub(top, op.Log(op.Max(op.ReduceMax(p, axes, keepdims=1), least(s, p)))))
     step = op.Sub(op.Sub(*logits), op.Sub(*sums))
     here, there = probabilities
     secant = logarithmic_mean(s, here, there, step)
     total = op.ReduceSum(secant, axes, keepdims=1)
-    return secant, op.Reciprocal(op.Max(total, least))
+    return secant, op.Reciprocal(op.Max(total, least(s, total)))
 
 
 _KEEP_FINITE = frozenset("Mul Div Reshape Transpose Identity Cast Squeeze Unsqueeze".split())

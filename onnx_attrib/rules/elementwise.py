@@ -113,21 +113,22 @@ row(
 row("Exp", lambda s: s.y, secant=lambda s: exponential_secant(s))
 
 
-MASKED = -1e30
-"""Logits that are −∞ count as this: differences of two are zero, not NaN."""
-
-
 def exponential_secant(s: Site) -> Tensor:
     """(e^z − e^z̄) / Δz."""
-    z, base = (at_least(one, one.x(), MASKED) for one in (s, ref(s)))
+    z, base = (unmasked(one, one.x()) for one in (s, ref(s)))
     return logarithmic_mean(s, s.y, ref(s).y, s.op.Sub(z, base))
 
 
-def at_least(s: Site, tensor: Tensor, bound: float) -> Tensor:
-    """max(tensor, bound), for a bound that float16 may not hold."""
-    dtype = s.graph.dtype(tensor)
-    lowest = -np.inf if dtype.kind != "f" else np.finfo(dtype).min
-    return s.op.Clip(tensor, np.array(max(bound, lowest), dtype))
+def unmasked(s: Site, logits: Tensor) -> Tensor:
+    """Logits with a number for −∞: the difference of two such is zero, not NaN."""
+    narrow = s.graph.dtype(logits) == np.float16
+    return s.op.Clip(logits, np.array(-6e4 if narrow else -1e30, s.graph.dtype(logits)))
+
+
+def least(s: Site, tensor: Tensor) -> np.ndarray:
+    """A number beside which only zero matters less."""
+    narrow = s.graph.dtype(tensor) == np.float16
+    return np.array(2.0**-14 if narrow else 1e-30, s.graph.dtype(tensor))
 
 
 def logarithmic_mean(s: Site, a: Tensor, b: Tensor, step: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def logarithmic_mean(s: Site, a: Tensor, b: Tensor, step: Tensor) -> Tensor:
     No difference cancels in it, and next to zero it needs no other formula.
     """
     op = s.op
-    size = at_least(s, op.Abs(step), 1e-30)
+    size = op.Clip(op.Abs(step), least(s, step))
     return op.Mul(op.Add(a, b), op.Div(op.Tanh(op.Mul(size, 0.5)), size))
 
 
