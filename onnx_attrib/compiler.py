@@ -17,12 +17,11 @@ from onnx_attrib.methods import get as method_named
 from onnx_attrib.model_io import Source, load
 from onnx_attrib.passes.apart import apart
 from onnx_attrib.passes.average import average
-from onnx_attrib.passes.blocked import blocked
+from onnx_attrib.passes.bodies import TUNING, within_loops
 from onnx_attrib.passes.cluster import cluster
 from onnx_attrib.passes.describe import describe
 from onnx_attrib.passes.differentiate import differentiate
 from onnx_attrib.passes.finalize import finalize
-from onnx_attrib.passes.folded import folded
 from onnx_attrib.passes.front import front
 from onnx_attrib.passes.late import late
 from onnx_attrib.passes.legalize import legalize
@@ -30,9 +29,7 @@ from onnx_attrib.passes.localize import localize
 from onnx_attrib.passes.merge import merge
 from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.passes.perturb import perturb
-from onnx_attrib.passes.phases import phases
 from onnx_attrib.passes.place import place
-from onnx_attrib.passes.pooled import pooled
 from onnx_attrib.passes.postprocess import postprocess
 from onnx_attrib.passes.precision import halve
 from onnx_attrib.passes.quantized import mark, unmark
@@ -41,12 +38,10 @@ from onnx_attrib.passes.rectifiers import rectifiers
 from onnx_attrib.passes.reference import reference
 from onnx_attrib.passes.report import report
 from onnx_attrib.passes.scope import scope
-from onnx_attrib.passes.simplify import simplify
 from onnx_attrib.passes.sizes import sizes
 from onnx_attrib.passes.substitute import substitute
 from onnx_attrib.passes.sums import sums
 from onnx_attrib.passes.target import target as choose_target
-from onnx_attrib.passes.winners import winners
 
 Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 """One method, several, or several with options of their own."""
@@ -107,8 +102,8 @@ def compile(
             (:mod:`onnx_attrib.passes.precision`); inputs and outputs keep their types.
         provider: ``"portable"``, or ``"cuda"``: operators that have no CUDA kernel, in the model's
             own part too, are spelled by others (:mod:`onnx_attrib.passes.legalize`).
-        memory: for methods with the option ``chunk``, which is then the largest for which the
-            activations of one group stay within so many MiB.
+        memory: for methods with the option ``chunk``, which is then the largest with which a run
+            takes at most so many MiB; an OptionError where one evaluation takes more.
         dims: the sizes of open dimensions that ``memory`` is reckoned for, by name. Default: one
             sample; other dimensions must be given.
         **method_options: the method's options, see :func:`onnx_attrib.methods`. Of several
@@ -292,18 +287,8 @@ COMPARING: tuple[Pass, ...] = (
     *(sums, front, substitute, report),
 )
 FINISHING: tuple[Pass, ...] = (
-    unmark,
-    legalize,
-    place,
-    sizes,
-    simplify,
-    folded,
-    pooled,
-    winners,
-    phases,
-    blocked,
-    late,
-    describe,
+    *(unmark, legalize, place, sizes),
+    *(*TUNING, within_loops, late, describe),
 )
 
 

@@ -46,7 +46,7 @@ class Request:
     provider: str = "portable"
     """``"cuda"``: without operators that have no CUDA kernel."""
     memory: float | None = None
-    """MiB that the activations of one group of evaluations may take."""
+    """MiB that a run of evaluations in groups may take."""
     dims: Mapping[str, int] = field(default_factory=dict)
     """Sizes of open dimensions that it is reckoned for."""
 

@@ -23,8 +23,10 @@ from onnx_attrib.ir import Dim, Graph, Shape, Tensor, Values, is_narrow, static
 from onnx_attrib.job import Background, Job
 from onnx_attrib.methods.base import Draws, Noise
 from onnx_attrib.passes.bound import fitted
-from onnx_attrib.passes.differentiate import full, multipliers, starts, sweep_of
-from onnx_attrib.passes.reference import captured, outermost
+from onnx_attrib.passes.differentiate import filled, full, multipliers, starts, sweep_of
+from onnx_attrib.passes.opening import Opening, opening
+from onnx_attrib.passes.reference import outermost
+from onnx_attrib.passes.samples import captured
 from onnx_attrib.passes.stack import (
     Stack,
     Step,
@@ -41,41 +43,49 @@ def average(job: Job) -> None:
     if job.method.draws is None:
         raise LookupError(f"method '{job.method.name}' has no draws")
     draws, batch = job.method.draws(job.options), stackable(job)
+    first = opening(job) if _averages_multipliers(job, draws) else None
 
     def trial(size: int) -> tuple[int, Step]:
         groups = _Groups.of(job, replace(draws, chunk=size), batch)
-        return groups.size, lambda number: _Group(job, draws, groups, number).sums()
+        return groups.size, lambda number: _Group(job, draws, groups, first, number).sums()
 
     chunk = fitted(job, draws.chunk, batch, trial)
     groups = _Groups.of(job, replace(draws, chunk=chunk), batch)
-    names = job.scope.names
-    start = [_wide(job.graph, draws, zeros(job.graph, t)) for t in job.scope.inputs]
+    ends = job.scope.inputs if first is None else first.ends
+    start = [_wide(job.graph, draws, zeros(job.graph, t)) for t in ends]
     start *= 1 if draws.moment == "mean" else 2
     expects = job.request.delta and job.method.complete and job.background is not None
     if expects and job.background is not None:
         start.append(_no_output(job, job.background))
-    # Spelled out, references would be evaluated at load time, and which of a background's rows a
-    # group has be computed from its size, on the CPU.
-    background = job.background
-    loops = background is not None and (
-        job.method.compares or not isinstance(background.count, int)
-    )
     totals = accumulate(
         job.graph,
         groups.count,
         start,
-        lambda number: _Group(job, draws, groups, number).sums(),
-        () if loops else job.scope.dependent,
+        lambda number: _Group(job, draws, groups, first, number).sums(),
     )
     if expects:
         job.expected = totals.pop()
     if draws.moment != "mean":
         totals = _moments(job, draws, totals)
-    found = dict(zip(names, totals, strict=True))
+    found = dict(zip((t.name for t in ends), totals, strict=True))
+    if first is not None:
+        found = multipliers(sweep_of(job), replace(job.scope, nodes=first.nodes), found)
+        found = {t.name: full(job.graph, found[t.name], t) for t in job.scope.inputs}
     if _ends_vary(draws, job):
         job.attributions.append(found)
     else:
         job.attribute(found)
+
+
+def _averages_multipliers(job: Job, draws: Draws) -> bool:
+    """Whether it is multipliers that are averaged, and that as they are."""
+    if job.background is not None or draws.moment != "mean":
+        return False
+    if draws.noise is None:
+        return True
+    tensor = job.scope.inputs[0]
+    with job.graph.collect():
+        return job.method.attribution(job.graph.op, tensor, tensor, None) is tensor
 
 
 def _ends_vary(draws: Draws, job: Job) -> bool:
@@ -172,11 +182,12 @@ class _Groups:
 
 @dataclass
 class _Group:
-    """One group of draws; ``number`` int64 [] tells which."""
+    """One group of draws; ``number`` int64 [] tells which. ``first``: what follows the mean."""
 
     job: Job
     draws: Draws
     groups: _Groups
+    first: Opening | None
     number: Tensor
 
     def __post_init__(self) -> None:
@@ -198,24 +209,34 @@ class _Group:
         point = here if not self.draws.alphas else self._on_path(here, there)
         sweep = sweep_of(job, point, there, dims)
         seeds = starts(job, point, self.stack.tiled(job.seed))
-        found = multipliers(sweep, scope, seeds)
+        if self.first is None:
+            ends, found = scope.inputs, multipliers(sweep, scope, seeds)
+        else:
+            ends, behind = self.first.ends, self.first.behind
+            found = sweep.run(behind, scope.active, seeds, [t.name for t in ends])
+            if not found:
+                found = multipliers(sweep, scope, seeds)  # none, which is said
+            for tensor in ends:
+                if tensor.name not in found:
+                    zero = np.zeros((), self.graph.dtype(tensor))
+                    found[tensor.name] = filled(self.graph, point(tensor), zero)
         terms = []
-        for tensor in scope.inputs:
+        for tensor in ends:
             at = point(tensor)
             value = full(self.graph, found[tensor.name], at)
-            if _ends_vary(self.draws, job):
+            if _ends_vary(self.draws, job) and self.first is None:
                 value.shape = at.shape
                 reference = None if there is None else there(tensor)
                 value = job.method.attribution(self.op, value, here(tensor), reference)
             value.shape = at.shape
             terms.append(_wide(self.graph, self.draws, value))
         weights = self._weights()
-        sums = [self._sum(v, weights, t) for v, t in zip(terms, scope.inputs, strict=True)]
+        sums = [self._sum(v, weights, t) for v, t in zip(terms, ends, strict=True)]
         if self.draws.moment != "mean":
             squares = [self.op.Mul(value, value) for value in terms]
             for square, value in zip(squares, terms, strict=True):
                 square.shape = value.shape
-            sums += [self._sum(v, weights, t) for v, t in zip(squares, scope.inputs, strict=True)]
+            sums += [self._sum(v, weights, t) for v, t in zip(squares, ends, strict=True)]
         if job.request.delta and job.method.complete and job.background is not None:
             sums.append(self._expected(weights))
         return sums

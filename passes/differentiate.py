@@ -549,6 +549,7 @@ __all__ = [
     "active_inputs",
     "check_rules",
     "differentiate",
+    "filled",
     "flow",
     "full",
     "multipliers",

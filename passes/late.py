@@ -11,20 +11,25 @@ Precondition: a finished, sorted graph. Postcondition: the same nodes, sorted.
 
 from __future__ import annotations
 
+from onnx_attrib.ir import Graph
 from onnx_attrib.job import Job
 
 
 def late(job: Job) -> None:
     """Move the nodes that depend on a seed to the end, in their order."""
-    graph, changing = job.graph, {seed.name for seed in job.seeds}
-    first, last = [], []
+    last(job.graph, {seed.name for seed in job.seeds})
+
+
+def last(graph: Graph, changing: set[str]) -> None:
+    """Move the nodes that depend on ``changing`` to the end; add the names of what they make."""
+    first, behind = [], []
     for node in graph.nodes:
         if any(t.name in changing for t in (*graph.uses(node), *node.outputs)):
             changing.update(t.name for t in node.outputs if t.name)
-            last.append(node)
+            behind.append(node)
         else:
             first.append(node)
-    graph.nodes[:] = [*first, *last]
+    graph.nodes[:] = [*first, *behind]
 
 
-__all__ = ["late"]
+__all__ = ["last", "late"]

@@ -24,7 +24,7 @@ from onnx_attrib.job import Job
 from onnx_attrib.methods.base import Occluded, Permuted
 from onnx_attrib.passes.bound import fitted
 from onnx_attrib.passes.postprocess import samples_axis
-from onnx_attrib.passes.reference import captured
+from onnx_attrib.passes.samples import captured
 from onnx_attrib.passes.stack import Stack, Step, accumulate, downstream, stackable
 from onnx_attrib.passes.tiling import (
     Axis,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 import onnx_attrib
+from onnx_attrib.compiler import prepare
 from onnx_attrib.methods.path import quadrature
-from onnx_attrib.passes import stack
+from onnx_attrib.passes import average
+from onnx_attrib.passes.opening import opening
 
 from .test_contract import close, difference, forward, gradient, mlp, rng, run, text, weights
 
@@ -173,38 +179,146 @@ CNN = """g (float[N, 3, 8, 8] x) => (float[N, 4] y)
       a = GlobalAveragePool(s) f = Flatten(a) y = MatMul(f, d) }"""
 
 
+def convolutions(rng: np.random.Generator) -> onnx.ModelProto:
+    shapes = {"w": (16, 3, 3, 3), "v": (32, 16, 3, 3), "d": (32, 4)}
+    return text(CNN, **{k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()})
+
+
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize(("steps", "chunk"), [(12, 4), (10, 4), (7, 1)])
-def test_groups_of_convolutions_are_spelled_out(
-    rng: np.random.Generator,
-    monkeypatch: pytest.MonkeyPatch,
-    steps: int,
-    chunk: int,
-    delta: bool,
+def test_groups_of_convolutions(
+    rng: np.random.Generator, steps: int, chunk: int, delta: bool
 ) -> None:
-    """A few groups, one after the other, give what a Loop over them does."""
-    shapes = {"w": (5, 3, 3, 3), "v": (6, 5, 3, 3), "d": (6, 4)}
-    arrays = {k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()}
-    source = text(CNN, **arrays)
+    """A Loop over groups gives what all points at once do."""
+    source = convolutions(rng)
     x = rng.standard_normal((3, 3, 8, 8)).astype(np.float32)
-    found, loops = [], []
-    for most in (stack._SPELLED, 0):
-        monkeypatch.setattr(stack, "_SPELLED", most)
+    found = []
+    for size in (chunk, steps):
         compiled = onnx_attrib.compile(
             source,
             "integrated-gradients",
             baseline="input",
             steps=steps,
-            chunk=chunk,
+            chunk=size,
             target=1,
             delta=delta,
         )
-        loops.append(sum(node.op_type == "Loop" for node in compiled.graph.node))
+        onnx.checker.check_model(compiled, full_check=True)
+        loops = sum(node.op_type == "Loop" for node in compiled.graph.node)
+        assert loops == (size < steps)
         found.append(run(compiled, {"x": x, "x_baseline": 0.5 * x[:1]}))
-        # Many groups are a Loop again.
-        more = onnx_attrib.compile(source, "integrated-gradients", steps=300, chunk=1)
-        assert any(node.op_type == "Loop" for node in more.graph.node)
-    assert loops == [0, 1]
     close(found[0]["x_attribution"], found[1]["x_attribution"], 2e-6)
     if delta:
         np.testing.assert_allclose(*(one["convergence_delta"] for one in found), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "smoothgrad", "occlusion"])
+def test_convolutions_of_groups_are_in_blocks(
+    rng: np.random.Generator, tmp_path: Path, method: str
+) -> None:
+    """ONNX Runtime lays out what is in the Loop as what is around it."""
+    options = {"window": "3,2,2"} if method == "occlusion" else {}
+    compiled = onnx_attrib.compile(convolutions(rng), method, target="argmax", chunk=1, **options)
+    settings = ort.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "m.onnx")
+    settings.log_severity_level = 4
+    ort.InferenceSession(compiled.SerializeToString(), settings, ["CPUExecutionProvider"])
+    outer = onnx.load(tmp_path / "m.onnx").graph.node
+    if not any(node.domain.endswith("nchwc") for node in outer):
+        pytest.skip("this processor has no blocks of channels")
+    (body,) = (node.attribute[0].g for node in outer if node.op_type == "Loop")
+    convolved = [node for node in body.node if node.op_type == "Conv"]
+    assert convolved
+    assert all(node.domain.endswith("nchwc") for node in convolved)
+    # The weights are in the file once.
+    weights = [t for t in compiled.graph.initializer if len(t.dims) == 4]
+    assert len(weights) == 2
+
+
+# -- what is linear in x, at the model's beginning -------------------------------------------------
+
+OPENINGS = {
+    "stem": CNN,
+    "several inputs": """g (float[N, 5] a, float[N, 3] b) => (float[N, 4] y)
+        { p = MatMul(a, v) q = MatMul(b, w) s = Add(p, q) t = Tanh(s)
+          u = MatMul(t, d) r = Sigmoid(p) y = Mul(u, r) }""",
+    "a way around": """g (float[N, 5] a) => (float[N, 5] y)
+        { p = MatMul(a, v) s = Sin(a) t = Mul(p, s) y = Tanh(t) }""",
+    "a mask of x": """g (float[N, 5] a) => (float[N, 4] y) <float zero = {0.0}>
+        { g = Greater(a, zero) m = Cast<to = 1>(g) k = Mul(a, m) p = MatMul(k, v) y = Tanh(p) }""",
+    "moved": """g (float[N, 2, 6] a) => (float[N, 4] y) <int64[2] flat = {0, -1}>
+        { t = Transpose<perm = [0, 2, 1]>(a) p = MatMul(t, v) r = Reshape(p, flat)
+          e = Exp(r) y = MatMul(e, d) }""",
+    "all of it": """g (float[N, 5] a) => (float[N, 4] y) { p = MatMul(a, v) y = Neg(p) }""",
+}
+SHAPES = {
+    "stem": {"w": (16, 3, 3, 3), "v": (32, 16, 3, 3), "d": (32, 4)},
+    "several inputs": {"v": (5, 4), "w": (3, 4), "d": (4, 4)},
+    "a way around": {"v": (5, 5)},
+    "a mask of x": {"v": (5, 4)},
+    "moved": {"v": (2, 3), "d": (18, 4)},
+    "all of it": {"v": (5, 4)},
+}
+
+
+def convolved(model: onnx.ModelProto) -> int:
+    """How many convolutions the Loop over groups has."""
+    bodies = [node.attribute[0].g for node in model.graph.node if node.op_type == "Loop"]
+    return sum(node.op_type in ("Conv", "ConvTranspose") for b in bodies for node in b.node)
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "smoothgrad", "saliency"])
+@pytest.mark.parametrize("name", OPENINGS)
+def test_an_opening_is_passed_once(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, method: str
+) -> None:
+    """The transposed map of what is linear takes the mean, once: with the same result."""
+    arrays = {k: rng.standard_normal(v).astype(np.float32) for k, v in SHAPES[name].items()}
+    source = text(OPENINGS[name], **arrays)
+    options: dict[str, Any] = {"steps": 6, "baseline": 0.25}
+    if method != "integrated-gradients":
+        options = {"samples": 6, "of": "gradient" if method == "smoothgrad" else method}
+    feeds = {
+        info.name: rng.standard_normal(
+            [dim.dim_value or 3 for dim in info.type.tensor_type.shape.dim]
+        ).astype(np.float32)
+        for info in source.graph.input
+    }
+    found, counts = [], []
+    for find in (opening, lambda job: None):
+        monkeypatch.setattr(average, "opening", find)
+        compiled = onnx_attrib.compile(
+            source,
+            method if method == "integrated-gradients" else "smoothgrad",
+            target=1,
+            chunk=2,
+            **options,
+        )
+        counts.append(convolved(compiled))
+        found.append(run(compiled, feeds))
+    for tensor in feeds:
+        close(*(one[f"{tensor}_attribution"] for one in found), 2e-6)
+    # The absolute values of saliency are averaged, not multipliers.
+    assert counts[1] - counts[0] == (name == "stem" and method != "saliency")
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_openings(rng: np.random.Generator, name: str) -> None:
+    """Up to where a nonlinearity, or a product of two, reads what is linear."""
+    arrays = {k: rng.standard_normal(v).astype(np.float32) for k, v in SHAPES[name].items()}
+    job = prepare(text(OPENINGS[name], **arrays), "integrated-gradients", steps=2)
+    found = opening(job.parts[0])
+    if name == "a mask of x":  # which changes on the path
+        assert found is None
+        return
+    assert found is not None
+    ends = {"stem": "c", "several inputs": "sp", "a way around": "pa", "moved": "r"}
+    assert {t.name for t in found.ends} == set(ends.get(name, "y"))
+
+
+def test_a_large_opening_stays(rng: np.random.Generator) -> None:
+    """Averaging many times the input's entries would cost more than the layer."""
+    arrays = {"w": (60, 3, 3, 3), "v": (8, 60, 3, 3), "d": (8, 4)}
+    source = text(CNN, **{k: rng.standard_normal(v).astype(np.float32) for k, v in arrays.items()})
+    job = prepare(source, "integrated-gradients", steps=2)
+    assert opening(job.parts[0]) is None

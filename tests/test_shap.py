@@ -14,7 +14,6 @@ pytest.importorskip("onnxruntime")
 
 import onnx_attrib
 from onnx_attrib import OptionError
-from onnx_attrib.passes import stack
 from onnx_attrib.verify import verify
 
 from .test_contract import close, forward, gradient, mlp, rng, run, text
@@ -302,8 +301,7 @@ def test_a_loop_reads_what_was_cast_back(rng: np.random.Generator, chunk: int) -
     close(run(compiled, {"x": x})["x_attribution"], expected["x_attribution"])
 
 
-def test_memory_is_one_chunk(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "_SPELLED", 0)
+def test_memory_is_one_chunk(rng: np.random.Generator) -> None:
     source, base = conv(rng), drawn(rng, 50, (3, 20))
     for method in METHODS:
         compiled = onnx_attrib.compile(source, method, baseline=base, chunk=5)

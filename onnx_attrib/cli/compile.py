@@ -133,7 +133,7 @@ Examples:
     "--memory",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MIB",
-    help="For methods that evaluate in chunks: the largest chunk whose activations take no more.",
+    help="For methods that evaluate in chunks: the largest chunk with which a run takes no more.",
 )
 @click.option(
     "--dim",

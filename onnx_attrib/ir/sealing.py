@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import GraphProto, NodeProto, helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
 from onnx_attrib.ir.copying import Copying
@@ -91,6 +93,66 @@ class Sealing(Copying):
             [declaration(tensor) for tensor in inputs],
             [declaration(tensor) for tensor in results],
         )
+
+    @contextmanager
+    def within(self, node: Node) -> Iterator[None]:
+        """Let the body of a Loop that was emitted stand for the graph, to be rewritten."""
+        proto = NodeProto()
+        proto.CopyFrom(node.kept)
+        (body,) = subgraphs(proto)
+        inputs, outputs = (
+            [self._tensor(info.name) for info in infos] for infos in (body.input, body.output)
+        )
+        nodes = [self._reopened(inner) for inner in body.node]
+        with self.standing(nodes, inputs, outputs):
+            yield
+        made = [t for inner in nodes for t in inner.outputs if t.name in self.stated]
+        ends = {t.name for t in outputs}
+        del body.node[:]
+        body.node.extend(self.proto(inner) for inner in spelled_out(nodes))
+        body.value_info.extend(
+            OnnxExporter.export_value_info_proto(t, True) for t in made if t.name not in ends
+        )
+        self.reseal(node, proto)
+
+    @contextmanager
+    def standing(
+        self, nodes: list[Node], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """Let ``nodes``, a list that may change, stand for the graph.
+
+        What they read from outside, constants aside, counts among the inputs.
+        """
+        own = {t.name for node in nodes for t in node.outputs} | {t.name for t in inputs}
+        read = {t.name: t for node in nodes for t in self.uses(node) if t.name not in own}
+        outer, sink = (self.gs.nodes, self.gs.inputs, self.gs.outputs), self._sink
+        self.gs.nodes = self._sink = nodes
+        self.gs.inputs = [*inputs, *(t for t in read.values() if self.value(t) is None)]
+        self.gs.outputs = list(outputs)
+        try:
+            yield
+        finally:
+            (self.gs.nodes, self.gs.inputs, self.gs.outputs), self._sink = outer, sink
+
+    def _reopened(self, proto: NodeProto) -> Node:
+        """A node of a sealed subgraph, on the tensors that it was sealed from."""
+        copy = NodeProto()
+        copy.CopyFrom(proto)
+        kept = set_aside(copy)
+        outputs = [self._tensor(name) if name else gs.Variable.empty() for name in proto.output]
+        for tensor in outputs:
+            list.clear(tensor.inputs)  # the node that was sealed
+        node = gs.Node(
+            proto.op_type,
+            proto.name,
+            OnnxImporter.import_attributes(copy.attribute, {}, {}, OPSET, None),
+            [self._tensor(name) if name else gs.Variable.empty() for name in proto.input],
+            outputs,
+            proto.domain or None,
+        )
+        if kept is not None:
+            node.kept, node.captures = kept, [self._tensor(name) for name in captures_of(kept)]
+        return node
 
     def open(
         self, body: GraphProto, inputs: Sequence[Tensor], captures: Mapping[str, Tensor]
