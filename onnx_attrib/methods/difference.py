@@ -44,12 +44,9 @@ def secant(site: Site, rule: Elementwise) -> Tensor:
     step = op.Sub(site.x(rule.operand), reference.x(rule.operand))
     change = op.Sub(site.y, reference.y)
     there = numeric(site, rule.derivative(reference))
-    wide = site.graph.dtype(step) in (np.float32, np.float64)
     if rule.piecewise:
         # Without a step both slopes are the same, and the reference's may be a constant.
-        if wide:
-            return op.Div(op.Add(change, op.Mul(there, _NOTHING)), op.Add(step, _NOTHING))
-        return op.Where(op.Equal(step, 0.0), there, op.Div(change, step))
+        return quotient(site, change, step, there)
     slope = numeric(site, rule.derivative(site))
     mean = site.midpoint(slope, there)
     # "Not greater" also catches the NaN of two equal infinities (masked logits).
@@ -61,6 +58,14 @@ def secant(site: Site, rule: Elementwise) -> Tensor:
         bend = op.Mul(op.Mul(size, _SHARPEST / site.tolerance(step)), both)
         far = op.Or(far, op.Greater(op.Abs(op.Sub(slope, there)), bend))
     return op.Where(far, op.Div(change, step), mean)
+
+
+def quotient(site: Site, change: Tensor, step: Tensor, slope: Tensor) -> Tensor:
+    """change / step, and ``slope`` where there is no step."""
+    op = site.op
+    if site.graph.dtype(step) in (np.float32, np.float64):
+        return op.Div(op.Add(change, op.Mul(slope, _NOTHING)), op.Add(step, _NOTHING))
+    return op.Where(op.Equal(step, 0.0), slope, op.Div(change, step))
 
 
 def switched(sweep: Sweeper, site: Site, rule: Elementwise) -> Tensor:
@@ -121,9 +126,8 @@ def winners(site: Site, rule: MaxLike) -> tuple[Tensor, Tensor]:
         None if x is None or r is None or x.name == r.name else op.Sub(x, r)
         for x, r in zip(site.inputs, reference.inputs, strict=True)
     ]
-    step = rule.take(site, steps, position)
-    factor = op.Div(op.Sub(site.y, reference.y), step)
-    return position, op.Where(op.Equal(step, 0.0), 1.0, factor)
+    step, change = rule.take(site, steps, position), op.Sub(site.y, reference.y)
+    return position, quotient(site, change, step, site.graph.constant(1.0, site.graph.dtype(step)))
 
 
 def at_reference(site: Site) -> Site:
