@@ -20,7 +20,7 @@ from onnx_attrib.errors import ModelError
 from onnx_attrib.passes.samples import multiple
 
 Dims = list[int | str | None]
-_EXAMPLES = ((101, 103, 107, 109, 113, 127), (17, 19, 23, 29, 31, 37), (1, 1, 1, 1, 1, 1))
+_EXAMPLES = ((11, 13, 17, 19, 23, 29), (23, 29, 11, 13, 17, 19), (1, 1, 1, 1, 1, 1))
 """Sizes for as many open dimensions: primes, and ones, which are broadcast where others are not."""
 
 

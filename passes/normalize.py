@@ -8,6 +8,7 @@ checker rejects or that cannot be brought to opset 21.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ _DETACH = 1024
 """Initializers of more bytes are kept out of ONNX's own passes, which copy the whole model."""
 _FOLD = 1024
 """Constant arithmetic on at most this many elements is evaluated at compile time."""
+_GROWING = frozenset("ConstantOfShape EyeLike Expand OneHot Pad Range Resize Tile".split())
+"""Operators whose results may be much larger than what they read."""
 Sizes = list[int | str | None]
 
 
@@ -321,7 +324,7 @@ def _fold(model: ModelProto) -> bool:
     """Evaluate small arithmetic on constants and known shapes; True if anything was folded."""
     graph = model.graph
     values = {t.name: t for t in graph.initializer}
-    shapes = {v.name: dims(v) for v in (*graph.value_info, *graph.input)}
+    shapes = {v.name: dims(v) for v in (*graph.value_info, *graph.input, *graph.output)}
     sizes: dict[str, Sizes] = {}
     outputs = {t.name for t in graph.output}
     kept, folded = [], 0
@@ -368,6 +371,8 @@ def _evaluate(
         return None
     if node.op_type.startswith("Random") or any(True for _ in subgraphs(node)):
         return None
+    if node.op_type in _GROWING and not _is_small(shapes.get(node.output[0])):
+        return None
     operands = {name: values[name] for name in node.input if name}
     if sum(int(np.prod(t.dims, dtype=np.int64)) for t in operands.values()) > _FOLD:
         return None
@@ -380,6 +385,12 @@ def _evaluate(
     if not all(isinstance(r, np.ndarray | np.generic) and np.size(r) <= _FOLD for r in results):
         return None
     return [np.asarray(r) for r in results]
+
+
+def _is_small(shape: Sizes | None) -> bool:
+    """Whether a tensor of that shape is known to have few entries."""
+    known = [dim for dim in shape or () if isinstance(dim, int)]
+    return shape is not None and len(known) == len(shape) and math.prod(known) <= _FOLD
 
 
 def _all_known(sizes: Any) -> list[np.ndarray] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -154,3 +156,19 @@ def test_sizes_are_found_by_example() -> None:
         assert shape is not None
         assert not isinstance(shape[axis], int)
         assert not {"N", "T"} & set(str(shape[axis]).split("*"))
+
+
+def test_large_constants_are_not_made_to_learn_their_size() -> None:
+    """Six open dimensions are many entries, whatever sizes stand for them."""
+    model = onnx.parser.parse_model("""
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[A, B, C, D, E, F] x) => (float y) <int64[2] rows = {-1, 2}, int64[2] wide = {9999, 9999}>
+    {
+        s = Shape(x) z = ConstantOfShape(s) a = Add(x, z) b = Reshape(a, rows)
+        many = ConstantOfShape(wide) some = ReduceSum<keepdims=0>(many) y = Add(b, some)
+    }""")
+    tracemalloc.start()
+    normalize(model)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24
