@@ -162,7 +162,8 @@ def test_large_constants_are_not_made_to_learn_their_size() -> None:
     """Six open dimensions are many entries, whatever sizes stand for them."""
     model = onnx.parser.parse_model("""
     <ir_version: 10, opset_import: ["" : 21]>
-    g (float[A, B, C, D, E, F] x) => (float y) <int64[2] rows = {-1, 2}, int64[2] wide = {9999, 9999}>
+    g (float[A, B, C, D, E, F] x) => (float y)
+    <int64[2] rows = {-1, 2}, int64[2] wide = {9999, 9999}>
     {
         s = Shape(x) z = ConstantOfShape(s) a = Add(x, z) b = Reshape(a, rows)
         many = ConstantOfShape(wide) some = ReduceSum<keepdims=0>(many) y = Add(b, some)
