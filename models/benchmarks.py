@@ -320,14 +320,15 @@ def layer_table(folder: Path) -> str:
     for name in ZOO:
         path, cells = exported(name, folder), [name]
         own = [output.name for output in onnx.load(path).graph.output]
-        for method in methods:
-            compiled = str(folder / f"{name}.{method}.onnx")
-            onnx.save(onnx_attrib.compile(path, method, target="argmax"), compiled)
-            for batch in BATCHES:
-                feeds = {"x": drawn(name, batch)}
-                forward = profile(str(path), feeds, own).forward_ms
-                taken = profile(compiled, feeds, own).operators
-                cells.append(number(sum(o.ms for o in taken if o.op in LAYERS) / forward))
+        with tempfile.TemporaryDirectory() as temporary:
+            for method in methods:
+                compiled = str(Path(temporary) / f"{method}.onnx")
+                onnx.save(onnx_attrib.compile(path, method, target="argmax"), compiled)
+                for batch in BATCHES:
+                    feeds = {"x": drawn(name, batch)}
+                    forward = profile(str(path), feeds, own).forward_ms
+                    taken = profile(compiled, feeds, own).operators
+                    cells.append(number(sum(o.ms for o in taken if o.op in LAYERS) / forward))
         print(" | ".join(cells), flush=True)
         table.append(cells)
     return "\n".join(markdown(table))

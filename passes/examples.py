@@ -1,9 +1,9 @@
-"""Find by example the dimensions that ONNX's shape inference does not.
+"""Find by example how sizes depend on the batch where ONNX's shape inference does not.
 
 Inference by symbols gives up where sizes are reckoned with (heads folded into the batch, a token
-expanded to it), inference by numbers does not. So the open dimensions of the inputs are given
-numbers, three times over; a dimension that is each time the same number, or the same multiple of
-one of the inputs', is taken to be that.
+expanded to it), inference by numbers does not. So the open dimensions that lead the inputs are
+given numbers, three times over; a dimension that is each time the same number, or the same multiple
+of one of these, is taken to be that.
 
 Precondition: shapes inferred by symbols. Postcondition: dimensions unknown before are known, as
 numbers or as k*N.
@@ -20,14 +20,16 @@ from onnx_attrib.errors import ModelError
 from onnx_attrib.passes.samples import multiple
 
 Dims = list[int | str | None]
-_EXAMPLES = ((11, 13, 17, 19, 23, 29), (23, 29, 11, 13, 17, 19), (1, 1, 1, 1, 1, 1))
-"""Sizes for as many open dimensions: primes, and ones, which are broadcast where others are not."""
+_EXAMPLES = ((11, 13, 17), (1_000_003, 1_000_033, 1_000_037), (1, 1, 1))
+"""Sizes for as many open dimensions: primes far apart, which no rounded quotient has in common, and
+ones, which are broadcast where others are not."""
 
 
 def by_example(model: ModelProto, infer: Callable[[ModelProto], ModelProto]) -> None:
     """Fill in the model's shapes. ``infer``: inference that also folds arithmetic on sizes."""
     infos = [info for info in (*model.graph.value_info, *model.graph.output) if _open(info)]
-    symbols = {s: None for i in model.graph.input for s in dims(i) or () if isinstance(s, str)}
+    leading = [known[0] for i in model.graph.input if (known := dims(i))]
+    symbols = {dim: None for dim in leading if isinstance(dim, str)}
     if not infos or not 0 < len(symbols) <= len(_EXAMPLES[0]):
         return
     try:

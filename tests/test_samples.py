@@ -134,13 +134,13 @@ def test_the_reference_of_a_shared_baseline_is_folded() -> None:
 
 
 def test_sizes_are_found_by_example() -> None:
-    """Multiples of an open dimension and numbers are; anything else stays open."""
+    """Numbers and multiples of the batch are; anything else stays open."""
     model = onnx.parser.parse_model("""
     <ir_version: 10, opset_import: ["" : 21]>
-    g (float[N, 6, T] x) => (float a, float b, float c, float d, float e)
+    g (float[N, 6, T] x) => (float a, float b, float c, float d, float e, float f)
     <int64[1] back = {-1}, int64[1] first = {0}, int64[1] last = {2}, int64[1] one = {1},
      int64[2] rows = {-1, 2}, int64[4] pads = {1, 0, 0, 0}, float[1, 5] row = {1, 2, 3, 4, 5},
-     int64 zero = {0}>
+     int64 zero = {0}, int64 many = {4096}, int64 unit = {1}>
     {
         s = Shape(x) n = Gather(s, zero) u = Unsqueeze(n, first)
         h = Concat<axis=0>(u, back) a = Reshape(x, h)
@@ -148,11 +148,15 @@ def test_sizes_are_found_by_example() -> None:
         r = ReduceMean(x, last) c = Reshape(r, rows)
         d = Pad(c, pads)
         e = Slice(x, first, back, last)
+        k = Div(n, many) o = Add(k, unit) w = Unsqueeze(o, first) t = Concat<axis=0>(w, one)
+        f = Expand(row, t)
     }""")
     graph = normalize(model)
-    a, b, c, d, e = (graph.shape(graph.tensors()[name]) for name in "abcde")
-    assert (a, b, c) == (("N", "6*T"), ("N", 5), ("3*N", 2))
-    for shape, axis in ((d, 0), (e, 2)):
+    a, b, c, d, e, f = (graph.shape(graph.tensors()[name]) for name in "abcdef")
+    assert (b, c) == (("N", 5), ("3*N", 2))
+    assert a is not None
+    assert a[0] == "N"
+    for shape, axis in ((a, 1), (d, 0), (e, 2), (f, 0)):
         assert shape is not None
         assert not isinstance(shape[axis], int)
         assert not {"N", "T"} & set(str(shape[axis]).split("*"))
