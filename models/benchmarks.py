@@ -318,15 +318,17 @@ def layer_table(folder: Path) -> str:
     heads = [f"{method} {batch}" for method in methods for batch in BATCHES]
     table = [["network", *heads]]
     for name in ZOO:
-        path, cells = exported(name, folder), [name]
-        own = [output.name for output in onnx.load(path).graph.output]
+        model, cells = onnx.load(exported(name, folder)), [name]
+        own = [output.name for output in model.graph.output]
         with tempfile.TemporaryDirectory() as temporary:
+            source = str(Path(temporary) / "source.onnx")
+            onnx.save(model, source)
             for method in methods:
                 compiled = str(Path(temporary) / f"{method}.onnx")
-                onnx.save(onnx_attrib.compile(path, method, target="argmax"), compiled)
+                onnx.save(onnx_attrib.compile(model, method, target="argmax"), compiled)
                 for batch in BATCHES:
                     feeds = {"x": drawn(name, batch)}
-                    forward = profile(str(path), feeds, own).forward_ms
+                    forward = profile(source, feeds, own).forward_ms
                     taken = profile(compiled, feeds, own).operators
                     cells.append(number(sum(o.ms for o in taken if o.op in LAYERS) / forward))
         print(" | ".join(cells), flush=True)
