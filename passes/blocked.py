@@ -98,14 +98,15 @@ class _Interval:
 class _Gates:
     """Turns selections by intervals into products.
 
-    ``steps``: what stands for each condition; ``opened``: their names; ``mixed``: the names of
-    tensors that are known to be gradients from layers with weights.
+    ``steps``: what stands for each condition; ``opened``: their names; ``mixed`` and ``unmixed``:
+    the names of tensors that are known to be gradients from layers with weights, or not.
     """
 
     rewriting: Rewriting
     steps: dict[str, Tensor | None] = field(default_factory=dict)
     opened: set[str] = field(default_factory=set)
     mixed: set[str] = field(default_factory=set)
+    unmixed: set[str] = field(default_factory=set)
 
     def open(self, node: Node) -> None:
         """Rewrite a node that is a gate."""
@@ -139,11 +140,20 @@ class _Gates:
         y = node.inputs[0]
         return _Interval(y, low=bound) if node.op == "Greater" else _Interval(y, high=bound)
 
-    def _is_mixed(self, tensor: Tensor) -> bool:
+    def _is_mixed(self, m: Tensor) -> bool:
         """Whether a gradient comes from layers with weights, by sums, moves and gates alone.
 
         What is infinite before these is infinite, or NaN, all over it.
         """
+        seen = self._back_to_layers(m)
+        if seen is None:
+            self.unmixed.add(m.name)
+        else:
+            self.mixed |= seen
+        return seen is not None
+
+    def _back_to_layers(self, tensor: Tensor) -> set[str] | None:
+        """The names of what is between a gradient and such layers; None if it is not mixed."""
         value = self.rewriting.graph.value
         pending, seen = [tensor], set[str]()
         while pending:
@@ -155,18 +165,17 @@ class _Gates:
                 continue
             seen.add(name)
             node = self.rewriting.maker(tensor, *_MIXES, *_PASSES_ON, "Mul")
-            if node is None:
-                return False
+            if node is None or name in self.unmixed:
+                return None
             if node.op in _MIXES:
                 continue
             if node.op == "Mul" and all(
                 t.name not in self.opened and value(t) is None and not self._is_mask(t)
                 for t in node.inputs
             ):
-                return False
+                return None
             pending += [t for t in node.inputs if t.dtype == np.float32]
-        self.mixed |= seen
-        return True
+        return seen
 
     def _step(self, interval: _Interval) -> Tensor | None:
         """One inside the interval and zero outside; None where no activation is exactly that."""
