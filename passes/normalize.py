@@ -31,7 +31,12 @@ _DETACH = 1024
 """Initializers of more bytes are kept out of ONNX's own passes, which copy the whole model."""
 _FOLD = 1024
 """Constant arithmetic on at most this many elements is evaluated at compile time."""
-_GROWING = frozenset("ConstantOfShape EyeLike Expand OneHot Pad Range Resize Tile".split())
+_GROWING = frozenset(
+    """
+    AffineGrid BlackmanWindow CenterCropPad Col2Im ConstantOfShape DFT EyeLike Expand HammingWindow
+    HannWindow MaxUnpool MelWeightMatrix OneHot Pad Range Resize Tile Upsample
+    """.split()
+)
 """Operators whose results may be much larger than what they read."""
 Sizes = list[int | str | None]
 
@@ -371,7 +376,10 @@ def _evaluate(
         return None
     if node.op_type.startswith("Random") or any(True for _ in subgraphs(node)):
         return None
-    if node.op_type in _GROWING and not _is_small(shapes.get(node.output[0])):
+    made = [shapes.get(name) for name in node.output if name]
+    if any(_size(shape) is None and node.op_type in _GROWING for shape in made):
+        return None
+    if any((_size(shape) or 0) > _FOLD for shape in made):
         return None
     operands = {name: values[name] for name in node.input if name}
     if sum(int(np.prod(t.dims, dtype=np.int64)) for t in operands.values()) > _FOLD:
@@ -387,10 +395,10 @@ def _evaluate(
     return [np.asarray(r) for r in results]
 
 
-def _is_small(shape: Sizes | None) -> bool:
-    """Whether a tensor of that shape is known to have few entries."""
+def _size(shape: Sizes | None) -> int | None:
+    """How many entries a tensor of that shape has; None where that is not known."""
     known = [dim for dim in shape or () if isinstance(dim, int)]
-    return shape is not None and len(known) == len(shape) and math.prod(known) <= _FOLD
+    return None if shape is None or len(known) < len(shape) else math.prod(known)
 
 
 def _all_known(sizes: Any) -> list[np.ndarray] | None:
