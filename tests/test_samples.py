@@ -140,7 +140,7 @@ def test_sizes_are_found_by_example() -> None:
     g (float[N, 6, T] x) => (float a, float b, float c, float d, float e, float f)
     <int64[1] back = {-1}, int64[1] first = {0}, int64[1] last = {2}, int64[1] one = {1},
      int64[2] rows = {-1, 2}, int64[4] pads = {1, 0, 0, 0}, float[1, 5] row = {1, 2, 3, 4, 5},
-     int64 zero = {0}, int64 many = {4096}, int64 unit = {1}>
+     int64 zero = {0}, int64 many = {512}, int64 unit = {1}>
     {
         s = Shape(x) n = Gather(s, zero) u = Unsqueeze(n, first)
         h = Concat<axis=0>(u, back) a = Reshape(x, h)
