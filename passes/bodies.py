@@ -28,6 +28,8 @@ GROUPS = "groups"
 """What the body of a Loop over groups is called."""
 TUNING: tuple[Callable[[Job], None], ...] = (simplify, folded, pooled, winners, phases, blocked)
 """What is applied to the whole graph and to each body."""
+_LARGEST = 20_000
+"""Nodes of a body up to which that is worth its time: about a second for 4,000."""
 
 
 def within_loops(job: Job) -> None:
@@ -43,8 +45,9 @@ def within_loops(job: Job) -> None:
 
 
 def tune(job: Job, behind: Iterable[str]) -> None:
-    """Rewrite what stands for the graph, and put what depends on ``behind`` last."""
-    for apply in TUNING:
+    """Rewrite what stands for the graph, if it is not too large, and put what depends on ``behind``
+    last."""
+    for apply in TUNING if len(job.graph.nodes) <= _LARGEST else ():
         apply(job)
     last(job.graph, set(behind))
 
