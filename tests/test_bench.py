@@ -23,6 +23,7 @@ from onnx_attrib.profiling import _own_times, profile
 from onnx_attrib.verify import verify
 
 from .command import CNN, DIGIT, MLP, SMALL, fails, succeeds, write
+from .marks import measures_memory
 
 QUICK = ("--rounds", "2", "--warmup", "1")
 
@@ -150,7 +151,7 @@ def test_all_that_the_outputs_need_is_forward(tmp_path: Path) -> None:
     assert "backward" in halves.values()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@measures_memory
 def test_memory_is_that_of_live_tensors(tmp_path: Path) -> None:
     """Of 8 samples each tensor of the model has 2 MiB: x · x and (x · x) + x, then the product."""
     path = write(WIDE, tmp_path / "wide.onnx")

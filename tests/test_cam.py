@@ -18,9 +18,8 @@ from onnx_attrib.compiler import prepare
 from onnx_attrib.passes.normalize import normalize
 from onnx_attrib.passes.positions import last_block
 
-from .test_contract import close, rng, run, text
+from .test_contract import close, run, text
 
-__all__ = ["rng"]
 MAPS = ["grad-cam", "grad-cam++", "layer-cam"]
 
 

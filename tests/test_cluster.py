@@ -9,9 +9,7 @@ import pytest
 
 import onnx_attrib
 
-from .test_contract import close, rng, run, text
-
-__all__ = ["rng"]
+from .test_contract import close, run, text
 
 SCALARS = (
     "float one = {1}, float half = {0.5}, float zero = {0}, float three = {3}, float six = {6}, "

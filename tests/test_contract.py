@@ -67,11 +67,6 @@ def gradient(model: ModelProto, x: np.ndarray, seed: np.ndarray) -> np.ndarray:
     return ((seed @ w["c"].T) * (1 - t**2)) @ w["a"].T
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(20171106)
-
-
 def close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> None:
     scale = max(float(np.abs(b).max()), 1e-12)
     assert a.shape == b.shape

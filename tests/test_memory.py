@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,7 @@ from onnx_attrib.ir import Graph
 from onnx_attrib.memory import memory_of
 from onnx_attrib.passes.bound import _BESIDE, executed, peak
 
-from .test_contract import rng
-
-__all__ = ["rng"]
+from .marks import measures_memory
 
 CPU = ["CPUExecutionProvider"]
 MIB = 2**20
@@ -67,7 +64,7 @@ def chunk_of(model: ModelProto) -> int:
     return int(Explainer(model, CPU).options["chunk"])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@measures_memory
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_run_takes(method: str, tmp_path: Path) -> None:
     """Peaks of resident memory in a process of its own, for two bounds."""
@@ -86,7 +83,7 @@ def test_what_a_run_takes(method: str, tmp_path: Path) -> None:
     assert taken[1] > 64 / 3
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@measures_memory
 @pytest.mark.parametrize("number", range(4))
 def test_the_bound_holds(rng: np.random.Generator, number: int, tmp_path: Path) -> None:
     """Networks, batches and bounds as they come; the class is chosen, or S seeded."""

@@ -21,9 +21,7 @@ from .perturbation_reference import (
     session,
     shapley,
 )
-from .test_contract import close, mlp, rng, run, text
-
-__all__ = ["rng"]
+from .test_contract import close, mlp, run, text
 
 
 @pytest.mark.parametrize(

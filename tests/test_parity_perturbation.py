@@ -20,9 +20,7 @@ from .perturbation_reference import (
     session,
     windows,
 )
-from .test_contract import close, rng, run
-
-__all__ = ["rng"]
+from .test_contract import close, run
 
 
 def exported(network: Any, shape: Sequence[int]) -> ModelProto:

@@ -30,11 +30,8 @@ from .perturbation_reference import (
     shapley,
     trees,
 )
-from .test_contract import close, mlp, rng, run, text
+from .test_contract import close, mlp, run, text
 from .test_published import SIMPLER_MODEL
-
-__all__ = ["rng"]
-
 
 # -- models that nothing else explains -------------------------------------------------------------
 

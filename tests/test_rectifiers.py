@@ -15,9 +15,8 @@ import onnx_attrib
 from onnx_attrib import CompileError
 from onnx_attrib.compiler import prepare
 
-from .test_contract import close, rng, run, text
+from .test_contract import close, run, text
 
-__all__ = ["rng"]
 METHODS = ["deconvnet", "guided-backprop"]
 Scalar = Callable[[float], float]
 

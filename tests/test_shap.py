@@ -16,10 +16,8 @@ import onnx_attrib
 from onnx_attrib import OptionError
 from onnx_attrib.verify import verify
 
-from .test_contract import close, forward, gradient, mlp, rng, run, text
+from .test_contract import close, forward, gradient, mlp, run, text
 from .test_noise import PRIME, restated_normal
-
-__all__ = ["rng"]
 
 Array = np.ndarray
 METHODS = ("deep-shap", "expected-gradients")

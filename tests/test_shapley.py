@@ -18,9 +18,7 @@ from .perturbation_reference import (
     shapley,
     windows,
 )
-from .test_contract import close, mlp, rng, run, text
-
-__all__ = ["rng"]
+from .test_contract import close, mlp, run, text
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])

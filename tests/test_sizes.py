@@ -11,9 +11,7 @@ pytest.importorskip("onnxruntime")
 import onnx_attrib
 from onnx_attrib.verify import verify
 
-from .test_contract import close, mlp, rng, run, text
-
-__all__ = ["rng"]
+from .test_contract import close, mlp, run, text
 
 CNN = """g (float[N, 2, {size}] x) => (float[N, 3] y)
     {{ c = Conv <pads = [1, 1, 1, 1]> (x, w) r = Relu(c) p = MaxPool <kernel_shape = [2, 2]> (r)

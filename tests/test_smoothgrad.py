@@ -14,10 +14,8 @@ import onnx_attrib
 from onnx_attrib import OptionError
 from onnx_attrib.methods import METHODS
 
-from .test_contract import close, forward, gradient, mlp, rng, run, text
+from .test_contract import close, forward, gradient, mlp, run, text
 from .test_noise import restated_normal
-
-__all__ = ["rng"]
 
 Array = np.ndarray
 
