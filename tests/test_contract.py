@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Mapping
@@ -400,6 +401,21 @@ def test_all_unsupported_nodes_are_listed() -> None:
     assert found == [("Swirl", "com.example")] * 2
     assert "'first'" in str(caught.value)
     assert "'y'" in str(caught.value), "a node without a name is named by its output"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_left_as_it_was(enabled: bool) -> None:
+    model = text("agraph (float[N, 3] x) => (float[N, 3] y) { y = Relu(x) }")
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        onnx_attrib.compile(model, "gradient", target="seed")
+        assert gc.isenabled() == enabled
+        with pytest.raises(OptionError):
+            onnx_attrib.compile(model, "gradient", target="seed", inputs="missing")
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_cut_and_missing_paths_are_explained() -> None:
