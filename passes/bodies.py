@@ -19,14 +19,18 @@ from onnx_attrib.passes.blocked import blocked
 from onnx_attrib.passes.folded import folded
 from onnx_attrib.passes.late import last
 from onnx_attrib.passes.phases import phases
+from onnx_attrib.passes.picked import picked
 from onnx_attrib.passes.pooled import pooled
-from onnx_attrib.passes.rewriting import for_cpu
+from onnx_attrib.passes.rewriting import constant, for_cpu, is_constant
 from onnx_attrib.passes.simplify import simplify
 from onnx_attrib.passes.winners import winners
 
 GROUPS = "groups"
 """What the body of a Loop over groups is called."""
-TUNING: tuple[Callable[[Job], None], ...] = (simplify, folded, pooled, winners, phases, blocked)
+TUNING: tuple[Callable[[Job], None], ...] = (
+    *(simplify, folded, pooled, picked),
+    *(winners, phases, blocked),
+)
 """What is applied to the whole graph and to each body."""
 _LARGEST = 20_000
 """Nodes of a body up to which that is worth its time: about a second for 4,000."""
@@ -52,16 +56,6 @@ def tune(job: Job, behind: Iterable[str]) -> None:
     last(job.graph, set(behind))
 
 
-def constant(graph: Graph, nodes: Iterable[Node]) -> set[str]:
-    """The names of what ``nodes`` (sorted) make from constants alone."""
-    found = set[str]()
-    for node in nodes:
-        used = graph.uses(node)
-        if used and not bodies(node) and all(_is_constant(graph, t, found) for t in used):
-            found.update(t.name for t in node.outputs if t.name)
-    return found
-
-
 def following(graph: Graph, nodes: Iterable[Node], sources: Iterable[Tensor]) -> set[str]:
     """The names of ``sources`` and of what ``nodes`` (sorted) make from them."""
     found = {t.name for t in sources}
@@ -76,10 +70,6 @@ def _is_ours(graph: Graph, node: Node) -> bool:
     return emitted and bodies(node)[0].name == GROUPS
 
 
-def _is_constant(graph: Graph, tensor: Tensor, constants: set[str]) -> bool:
-    return tensor.name in constants or graph.value(tensor) is not None
-
-
 def _take_in(graph: Graph, constants: set[str]) -> None:
     """Let convolutions read their weights from a node that ONNX Runtime folds where they are."""
     nodes, taken = graph.nodes[:], dict[str, Tensor]()
@@ -87,10 +77,10 @@ def _take_in(graph: Graph, constants: set[str]) -> None:
     for node in nodes:
         if node.op == "Conv" and not node.domain:
             for tensor in node.inputs[1:]:
-                if tensor.name not in taken and _is_constant(graph, tensor, constants):
+                if tensor.name not in taken and is_constant(graph, tensor, constants):
                     taken[tensor.name] = graph.op.Concat(tensor, axis=0)
             graph.rewire(node, {t.name: taken[t.name] for t in node.inputs if t.name in taken})
         graph.place(node)
 
 
-__all__ = ["GROUPS", "TUNING", "constant", "following", "tune", "within_loops"]
+__all__ = ["GROUPS", "TUNING", "following", "tune", "within_loops"]

@@ -21,7 +21,8 @@ import numpy as np
 from onnx_attrib.errors import OptionError, suggest
 from onnx_attrib.ir import Dim, Graph, Node, Tensor
 from onnx_attrib.job import Job
-from onnx_attrib.passes.bodies import constant, following, tune
+from onnx_attrib.passes.bodies import following, tune
+from onnx_attrib.passes.rewriting import constant
 from onnx_attrib.passes.simplify import share
 from onnx_attrib.passes.stack import Step, row_symbol, stacked_symbol
 

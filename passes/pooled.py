@@ -28,42 +28,50 @@ def pooled(job: Job) -> None:
 
 
 @dataclass(frozen=True)
-class _Spread:
-    """Values brought to the winners of a max pool: Reshape(ScatterElements(zeros, at, values))."""
+class Spread:
+    """Values brought to the winners of a max pool: Reshape(ScatterElements(zeros, at, values)).
 
-    pool: Node
+    ``at`` is flattened but for the batch, ``values`` are not.
+    """
+
     zeros: Tensor
     at: Tensor
     values: Tensor
     shape: Tensor
+
+    def again(self, node: Node, values: Tensor, graph: Graph) -> None:
+        """Let a node spread other values, flattened."""
+        op = graph.op
+        whole = op.ScatterElements(self.zeros, self.at, values, axis=1, reduction="add")
+        node.op = "Reshape"
+        Graph.let_read(node, [whole, self.shape])
 
 
 def _move(rewriting: Rewriting, node: Node) -> None:
     """Let a gate of spread values give the spread gated values."""
     if node.op != "Where" or rewriting.number(node.inputs[2]) != 0:
         return
-    spread = _spread(rewriting, node.inputs[1])
-    condition = spread and _at(rewriting, node.inputs[0], spread.pool)
+    spread = spread_by(rewriting, node.inputs[1])
+    pool = spread and pool_of(rewriting, spread.at)
+    condition = pool and _at(rewriting, node.inputs[0], pool)
     if spread is None or condition is None:
         return
     op = rewriting.graph.op
     gated = op.Flatten(op.Where(condition, spread.values, node.inputs[2]))
-    whole = op.ScatterElements(spread.zeros, spread.at, gated, axis=1, reduction="add")
-    node.op = "Reshape"
-    Graph.let_read(node, [whole, spread.shape])
+    spread.again(node, gated, rewriting.graph)
 
 
-def _spread(rewriting: Rewriting, m: Tensor) -> _Spread | None:
-    """What a gate lets through, if that is what arrives from one max pool."""
+def spread_by(rewriting: Rewriting, m: Tensor) -> Spread | None:
+    """How a tensor that only one node reads was spread to winners, if it was."""
     reshape = rewriting.maker(m, "Reshape")
     scatter = reshape and rewriting.maker(reshape.inputs[0], "ScatterElements")
     if reshape is None or scatter is None or rewriting.readers(m) > 1:
         return None
     zeros, at, values = scatter.inputs
-    flat, pool = rewriting.maker(values, "Flatten"), pool_of(rewriting, at)
-    if flat is None or pool is None:
+    flat = rewriting.maker(values, "Flatten")
+    if flat is None or rewriting.maker(at, "Flatten") is None:
         return None
-    return _Spread(pool, zeros, at, flat.inputs[0], reshape.inputs[1])
+    return Spread(zeros, at, flat.inputs[0], reshape.inputs[1])
 
 
 def pool_of(rewriting: Rewriting, at: Tensor) -> Node | None:
@@ -89,4 +97,4 @@ def _at(rewriting: Rewriting, condition: Tensor, pool: Node) -> Tensor | None:
     return result
 
 
-__all__ = ["pool_of", "pooled"]
+__all__ = ["Spread", "pool_of", "pooled", "spread_by"]

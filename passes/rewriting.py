@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from onnx_attrib.ir import Graph, Node, Tensor
+from onnx_attrib.ir import Graph, Node, Tensor, bodies
 from onnx_attrib.job import Job
 
 
@@ -56,4 +56,19 @@ def for_cpu(job: Job) -> bool:
     return job.request.provider == "portable" and job.request.precision == "keep"
 
 
-__all__ = ["Rewriting", "for_cpu"]
+def constant(graph: Graph, nodes: Iterable[Node]) -> set[str]:
+    """The names of what ``nodes`` (sorted) make from constants alone."""
+    found = set[str]()
+    for node in nodes:
+        used = graph.uses(node)
+        if used and not bodies(node) and all(is_constant(graph, t, found) for t in used):
+            found.update(t.name for t in node.outputs if t.name)
+    return found
+
+
+def is_constant(graph: Graph, tensor: Tensor, constants: set[str]) -> bool:
+    """Whether a tensor is a constant or one of those that :func:`constant` found."""
+    return tensor.name in constants or graph.value(tensor) is not None
+
+
+__all__ = ["Rewriting", "constant", "for_cpu", "is_constant"]

@@ -57,12 +57,13 @@ def ops(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-def run(model: onnx.ModelProto, x: Array) -> list[Array]:
+def run(model: onnx.ModelProto, x: Array | dict[str, Array]) -> list[Array]:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     providers = ["CPUExecutionProvider"]
     session = ort.InferenceSession(model.SerializeToString(), options, providers=providers)
-    return [np.asarray(y) for y in session.run(None, {"x": x})]
+    feeds = x if isinstance(x, dict) else {"x": x}
+    return [np.asarray(y) for y in session.run(None, feeds)]
 
 
 def both(model: onnx.ModelProto, x: Array, **request: Any) -> tuple[onnx.ModelProto, Array]:
@@ -107,6 +108,45 @@ def test_max_pools(
     pools = [node for node in tuned.graph.node if node.op_type == "MaxPool"]
     assert pools
     assert all(len(node.output) == 1 for node in pools)
+
+
+@pytest.mark.parametrize("baseline", [0.0, "another", "one for all", "one for each"])
+@pytest.mark.parametrize("before", ["Relu", "LeakyRelu", "Sigmoid", "Gelu", "none"])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_slopes_before_max_pools(
+    kernel: int, before: str, baseline: Any, rng: np.random.Generator
+) -> None:
+    """Slopes that multiply what a pool sends back are evaluated at its winners alone."""
+    size, channels = 2 * int(rng.integers(6, 9)), 16
+    net = Network(3, size)
+    net.then("Conv", weight(rng, channels, 3, 3, 3), pads=[1] * 4)
+    if before != "none":
+        net.then(before)
+    net.then("MaxPool", kernel_shape=[kernel] * 2, strides=[2, 2], pads=[0, 0, 1, 1])
+    net.then("Conv", weight(rng, 16, channels, 3, 3))
+    net.then("Relu")
+    x = (rng.integers(-8, 9, (2, 3, size, size)) / 8).astype(np.float32)
+    other = (rng.integers(-8, 9, (2, 3, size, size)) / 8).astype(np.float32)
+    feeds = {"x": x}
+    if isinstance(baseline, str) and baseline.startswith("one"):
+        feeds["x_baseline"] = other if baseline == "one for each" else other[:1]
+        baseline = "input"
+    elif baseline == "another":
+        baseline = other[:1]
+    source = net.model()
+    models = [
+        onnx_attrib.compile(source, "deeplift", baseline=baseline, provider=p, delta=True)
+        for p in ("portable", "cuda")
+    ]
+    (y, got, delta), (_, wanted, _) = (run(model, feeds) for model in models)
+    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-4 * np.abs(wanted).max())
+    assert np.abs(delta).max() < 1e-3 * np.abs(y).max()
+    small = onnx.shape_inference.infer_shapes(models[0]).graph
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in small.value_info}
+    divided = [node for node in small.node if node.op_type == "Div"]
+    # The pool's rule, and the two at its winners: of the layer before it and of the one after.
+    flat = [node for node in divided if ranks[node.output[0]] == 2]
+    assert bool(flat) == (before != "none")
 
 
 @pytest.mark.parametrize("method", METHODS)
