@@ -25,8 +25,8 @@ from onnx_attrib.passes.rewriting import Rewriting, constant, for_cpu, is_consta
 _ELEMENTWISE = frozenset(
     """
     Abs Add And Clip Div Elu Erf Exp Gelu Greater GreaterOrEqual HardSigmoid HardSwish LeakyRelu
-    Less LessOrEqual Log Mul Neg Not Or Reciprocal Relu Selu Sigmoid Softplus Softsign Sqrt Sub Tanh
-    Where
+    Less LessOrEqual Log Max Min Mul Neg Not Or Reciprocal Relu Selu Sigmoid Softplus Softsign Sqrt
+    Sub Tanh Where
     """.split()
 )
 _READ, _SAVED, _FEWER = 2, 3, 2
