@@ -143,12 +143,12 @@ class _Picks:
         """The entries of a whole tensor at the winners."""
         graph, op = self.rewriting.graph, self.rewriting.graph.op
         samples, flat = (graph.shape(tensor) or ())[0], op.Flatten(tensor)
-        if samples == 1 and is_constant(graph, tensor, self.constants):
+        if samples == (graph.shape(whole) or ())[0]:
+            entries = op.GatherElements(flat, at, axis=1)
+        elif samples == 1 and is_constant(graph, tensor, self.constants):
             # All samples as one: Gather takes five times as long to read from what they share.
             entries = op.GatherElements(flat, op.Reshape(at, [1, -1]), axis=1)
             entries = op.Reshape(entries, op.Shape(at))
-        elif samples != 1 and samples == (graph.shape(whole) or ())[0]:
-            entries = op.GatherElements(flat, at, axis=1)
         else:
             # (Of a reference that is given at run time, 1 may stand for N.)
             size = op.Concat(op.Shape(at, start=0, end=1), [1], axis=0)

@@ -182,10 +182,7 @@ def copyable(nodes: Sequence[Node]) -> list[Tensor]:
 
 
 def accumulate(
-    graph: Graph,
-    groups: int | Tensor,
-    start: Sequence[Tensor],
-    step: Step,
+    graph: Graph, groups: int | Tensor, start: Sequence[Tensor], step: Step
 ) -> list[Tensor]:
     """Σ step(g) over the groups g = 0, 1, …, in a Loop; just step(0) if there is one group.
 

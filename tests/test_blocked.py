@@ -112,12 +112,13 @@ def test_max_pools(
 
 @pytest.mark.parametrize("baseline", [0.0, "another", "one for all", "one for each"])
 @pytest.mark.parametrize("before", ["Relu", "LeakyRelu", "Sigmoid", "Gelu", "none"])
-@pytest.mark.parametrize("kernel", [2, 3])
+@pytest.mark.parametrize("batch", ["N", 1, 2])
 def test_slopes_before_max_pools(
-    kernel: int, before: str, baseline: Any, rng: np.random.Generator
+    batch: int | str, before: str, baseline: Any, rng: np.random.Generator
 ) -> None:
     """Slopes that multiply what a pool sends back are evaluated at its winners alone."""
-    size, channels = 2 * int(rng.integers(6, 9)), 16
+    size, channels, kernel = 2 * int(rng.integers(6, 9)), 16, int(rng.integers(2, 4))
+    count = 1 if batch == 1 else 2
     net = Network(3, size)
     net.then("Conv", weight(rng, channels, 3, 3, 3), pads=[1] * 4)
     if before != "none":
@@ -125,15 +126,15 @@ def test_slopes_before_max_pools(
     net.then("MaxPool", kernel_shape=[kernel] * 2, strides=[2, 2], pads=[0, 0, 1, 1])
     net.then("Conv", weight(rng, 16, channels, 3, 3))
     net.then("Relu")
-    x = (rng.integers(-8, 9, (2, 3, size, size)) / 8).astype(np.float32)
-    other = (rng.integers(-8, 9, (2, 3, size, size)) / 8).astype(np.float32)
+    x = (rng.integers(-8, 9, (count, 3, size, size)) / 8).astype(np.float32)
+    other = (rng.integers(-8, 9, (count, 3, size, size)) / 8).astype(np.float32)
     feeds = {"x": x}
     if isinstance(baseline, str) and baseline.startswith("one"):
-        feeds["x_baseline"] = other if baseline == "one for each" else other[:1]
+        feeds["x_baseline"] = other if baseline == "one for each" or batch == 2 else other[:1]
         baseline = "input"
     elif baseline == "another":
         baseline = other[:1]
-    source = net.model()
+    source = net.model(batch)
     models = [
         onnx_attrib.compile(source, "deeplift", baseline=baseline, provider=p, delta=True)
         for p in ("portable", "cuda")
