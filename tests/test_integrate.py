@@ -165,11 +165,33 @@ def test_trapezoid_needs_both_ends(rng: np.random.Generator) -> None:
 
 def test_memory_is_one_chunk(rng: np.random.Generator) -> None:
     """Points are stacked only ``chunk`` at a time: the rest is a Loop."""
-    compiled = onnx_attrib.compile(mlp(rng), "integrated-gradients", steps=50, chunk=5)
+    compiled = onnx_attrib.compile(
+        mlp(rng), "integrated-gradients", steps=50, chunk=5, provider="cuda"
+    )
     (loop,) = [node for node in compiled.graph.node if node.op_type == "Loop"]
     trips = {t.name: onnx.numpy_helper.to_array(t) for t in compiled.graph.initializer}
     assert trips[loop.input[0]] == 10
     assert len(compiled.graph.initializer) == len({t.name for t in compiled.graph.initializer})
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "smoothgrad", "deep-shap"])
+def test_groups_of_a_batch_have_fewer_points(method: str, rng: np.random.Generator) -> None:
+    """As many evaluations as of one sample, or a few more, whatever the batch."""
+    draws, source, options = 23, mlp(rng), {}
+    if method == "deep-shap":
+        options["baseline"] = rng.standard_normal((draws, 5)).astype(np.float32)
+    else:
+        options["steps" if method == "integrated-gradients" else "samples"] = draws
+    known = {"target": "argmax", **options}
+    compiled = onnx_attrib.compile(source, method, chunk=5, **known)
+    (loop,) = [node for node in compiled.graph.node if node.op_type == "Loop"]
+    compiled.graph.output.append(onnx.helper.make_tensor_value_info(loop.input[0], 7, []))
+    whole = onnx_attrib.compile(source, method, chunk=draws, **known)
+    for batch, each in {1: 5, 2: 3, 3: 2, 4: 2, 5: 1, 9: 1}.items():
+        x = rng.standard_normal((batch, 5)).astype(np.float32)
+        found = run(compiled, {"x": x})
+        assert found[loop.input[0]] == -(-draws // each)
+        close(found["x_attribution"], run(whole, {"x": x})["x_attribution"], 2e-6)
 
 
 CNN = """g (float[N, 3, 8, 8] x) => (float[N, 4] y)

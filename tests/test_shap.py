@@ -302,7 +302,7 @@ def test_a_loop_reads_what_was_cast_back(rng: np.random.Generator, chunk: int) -
 def test_memory_is_one_chunk(rng: np.random.Generator) -> None:
     source, base = conv(rng), drawn(rng, 50, (3, 20))
     for method in METHODS:
-        compiled = onnx_attrib.compile(source, method, baseline=base, chunk=5)
+        compiled = onnx_attrib.compile(source, method, baseline=base, chunk=5, provider="cuda")
         (loop,) = [node for node in compiled.graph.node if node.op_type == "Loop"]
         trips = {t.name: onnx.numpy_helper.to_array(t) for t in compiled.graph.initializer}
         assert trips[loop.input[0]] == 10

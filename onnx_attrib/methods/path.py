@@ -51,7 +51,7 @@ integrated_gradients = Method(
             ("gauss-legendre", "trapezoid", "middle", "left", "right"),
         ),
         Option(
-            "chunk", 10, "points evaluated together; bounds the memory to chunk × batch", minimum=1
+            "chunk", 10, "points evaluated together, of all samples (on CUDA: of each); bounds the memory", minimum=1
         ),
     ),
     needs_reference=True,
