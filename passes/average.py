@@ -193,8 +193,12 @@ class _Groups:
         return graph.op.Gather(graph.constant(rows), number, axis=0)
 
 
+_TOGETHER = 16
+"""Evaluations that are made together at least, if there are as many."""
+
+
 def _of_a_batch(job: Job, batch: str, size: int) -> Tensor:
-    """int64 []: how many draws of all samples are ``size`` evaluations, or a few more.
+    """int64 []: how many draws of all samples are as many evaluations as ``size`` of one, at most.
 
     More leave the processor's caches (integrated gradients of 8 samples, 50 steps: a MobileNet 172
     → 141 times the forward pass, a small Inception 204 → 175, VGG-11 123 → 119).
@@ -202,7 +206,8 @@ def _of_a_batch(job: Job, batch: str, size: int) -> Tensor:
     op, source = job.graph.op, outermost(job)[0]
     axis = (job.graph.shape(source) or ()).index(batch)
     samples = op.Max(op.Squeeze(op.Shape(source, start=axis, end=axis + 1), [0]), 1)
-    each: Tensor = op.Div(op.Add(samples, size - 1), samples)
+    share = op.Div(op.Add(samples, max(size, _TOGETHER) - 1), samples)
+    each: Tensor = op.Min(share, size)
     return each
 
 

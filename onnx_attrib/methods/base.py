@@ -142,8 +142,8 @@ class Draws:
     """Where multipliers are evaluated, draw after draw, and how the draws are averaged.
 
     Draw j is at x̄ + α_j (x − x̄), or at x itself without ``alphas``; with ``noise`` on x.
-    ``chunk``: how many are evaluated together, at most: of all samples or, on CUDA and under a
-    bound on memory, of each. ``weights``: one for each draw; without them, one draw for each row of
+    ``chunk``: how many are evaluated together, at most: of a larger batch less, but on CUDA and
+    under a bound on memory. ``weights``: one for each draw; without them, one draw for each row of
     the background, all alike. ``rows``: the row of the background that is x̄ in each draw, modulo
     the number of rows; without them it is row j. ``moment``: what is averaged over the draws.
     """

@@ -51,7 +51,10 @@ integrated_gradients = Method(
             ("gauss-legendre", "trapezoid", "middle", "left", "right"),
         ),
         Option(
-            "chunk", 10, "points evaluated together, of all samples (on CUDA: of each); bounds the memory", minimum=1
+            "chunk",
+            10,
+            "points evaluated together; of larger batches fewer (not on CUDA)",
+            minimum=1,
         ),
     ),
     needs_reference=True,

@@ -24,7 +24,7 @@ from onnx_attrib.methods.deeplift import deeplift
 from onnx_attrib.noise import PRIME, keys
 
 CHUNK = Option(
-    "chunk", 10, "draws evaluated together, of all samples (on CUDA: of each); bounds the memory", minimum=1
+    "chunk", 10, "draws evaluated together; of larger batches fewer (not on CUDA)", minimum=1
 )
 
 deep_shap = replace(

@@ -51,7 +51,10 @@ def smoothgrad(methods: Sequence[Method]) -> Method:
         ),
         Option("seed", 0, "chooses the noise: the same seed gives the same result"),
         Option(
-            "chunk", 5, "copies evaluated together, of all samples (on CUDA: of each); bounds the memory", minimum=1
+            "chunk",
+            5,
+            "copies evaluated together; of larger batches fewer (not on CUDA)",
+            minimum=1,
         ),
     )
 
