@@ -171,7 +171,8 @@ class _Groups:
         if known is not None:
             return graph.constant(known * self.size + places)
         if not isinstance(self.each, int):
-            return op.Add(op.Mul(number, self.each), op.Range(0, self.each, 1))
+            first = op.Mul(number, self.each)
+            return op.Range(first, op.Add(first, self.each), 1)
         some = op.Add(op.Mul(number, self.each), places)
         if isinstance(self.total, int) or self.size == 1:
             return some
