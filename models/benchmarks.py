@@ -356,8 +356,8 @@ def bound_table(folder: Path) -> str:
                 cells.append("refused")
                 continue
             chunk = onnx_attrib.Explainer(compiled).options["chunk"]
-            bytes_taken, times = bounded(path, compiled, {"x": drawn(name, 8)})
-            cells.append(f"{chunk}: {number(bytes_taken / 2**20)} MiB, {number(times)}")
+            taken, times = bounded(path, compiled, {"x": drawn(name, 8)})
+            cells.append(f"{chunk}: {number(taken)} MiB, {number(times)}")
         print(" | ".join(cells), flush=True)
         table.append(cells)
     return "\n".join(markdown(table))
@@ -365,8 +365,8 @@ def bound_table(folder: Path) -> str:
 
 def bounded(
     source: Path, compiled: onnx.ModelProto, feeds: dict[str, np.ndarray]
-) -> tuple[int, float]:
-    """The bytes that a run of the compiled model takes, and its time in forward passes."""
+) -> tuple[float | None, float]:
+    """The MiB that a run of the compiled model takes, and its time in forward passes."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     with tempfile.TemporaryDirectory() as temporary:
@@ -384,7 +384,8 @@ def bounded(
                 session.run(None, feeds)
                 row[i] = time.process_time() - start
     # (The first round warms up.)
-    return (taken.run if taken else 0), float(np.median(seconds[1:, 1] / seconds[1:, 0]))
+    times = float(np.median(seconds[1:, 1] / seconds[1:, 0]))
+    return (taken.run / 2**20 if taken else None), times
 
 
 def compile_table() -> str:

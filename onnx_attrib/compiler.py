@@ -52,24 +52,6 @@ Reduce = str | Mapping[str | int, str]
 """``"AXIS=HOW"``, or how by axis."""
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for cyclic garbage.
-
-    It goes over the whole graph again and again as that grows, and finds nothing: a quarter of the
-    time that models of 10,000 nodes take to compile (dense, DeepLIFT: 32 s with it, 24 s without;
-    the memory that is taken at most is the same).
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_uncollected()
 def compile(
     model: Source,
     method: Methods = "deeplift",
@@ -205,6 +187,23 @@ def prepare(
         dims=dict(dims or {}),
     )
     return run(load(model), request)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for cyclic garbage.
+
+    It goes over the whole graph again and again as that grows, and finds nothing: a quarter of the
+    time that models of 10,000 nodes take to compile (dense, DeepLIFT: 32 s with it, 24 s without;
+    the memory that is taken at most is the same).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @_uncollected()

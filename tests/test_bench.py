@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 
 import onnx_attrib
 from onnx_attrib import bench as measuring
+from onnx_attrib import memory
 from onnx_attrib.bench import bench
 from onnx_attrib.memory import activations_of, memory_of
 from onnx_attrib.profiling import _own_times, profile
@@ -163,6 +164,17 @@ def test_memory_is_that_of_live_tensors(tmp_path: Path) -> None:
     small = memory_of(str(path), {"x": feeds["x"][:1]}, 1)
     assert small is not None
     assert small.run < 0.5 * held.run
+
+
+def test_where_memory_cannot_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without what Linux tells, bench leaves the memory out and measures the rest."""
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    path = write(WIDE, tmp_path / "wide.onnx")
+    assert memory_of(str(path), {"x": np.ones((1, 1024, 64), np.float32)}, 1) is None
+    (case,) = bench(path, "gradient", rounds=1, warmup=1)
+    assert [row.run_bytes for row in case.rows] == [None, None]
+    assert [row.run_ratio for row in case.rows] == [None, None]
+    assert all(row.times.wall_ms > 0 for row in case.rows)
 
 
 def test_activations_are_all_that_is_computed(tmp_path: Path) -> None:
